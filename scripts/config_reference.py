@@ -1,0 +1,70 @@
+"""Write docs/config.md from the configuration's schema; `--check` only says whether it is up to date."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from trainway.config.resolved import config_schema
+
+PAGE = Path(__file__).parent.parent / "docs" / "config.md"
+
+OPENING = """# Configuration
+
+This page is made from the schema by `python scripts/config_reference.py`.
+
+A configuration is a preset's name or a YAML or TOML file. Later layers win: defaults, then the preset that `extends` names,
+the file itself, environment variables (`RUN_EXPERIMENT`, `TRAINWAY_RUNS_DIR`, `TRAINWAY_STORE_DIR`), `key=value` arguments.
+
+```yaml
+extends: m3_medium
+data:
+  train: [corpus/*.jsonl.gz]
+train:
+  total_steps: 5000
+```
+
+`trainway config check FILE` validates it, `trainway config show FILE` tells where each value came from. A key may be
+given by its full name (`train.seq_len`), by its last part where that is unique (`seq_len`), or by the name that Hugging
+Face users know (`block_size`). An unknown key is an error that names the nearest one; so is a key that the run would ignore.
+"""
+
+
+def render() -> str:
+    schema = config_schema()
+    sections = {"": schema, **{name: _resolve(schema, p) for name, p in schema["properties"].items() if _is_section(schema, p)}}
+    parts = [OPENING]
+    for name, section in sections.items():
+        parts.append(f"\n## {name or 'The run'}\n\n{section.get('description', '').splitlines()[0]}\n")
+        parts.append("| key | default | meaning |\n|---|---|---|")
+        for key, value in section["properties"].items():
+            if not _is_section(schema, value):
+                parts.append(f"| `{name + '.' if name else ''}{key}` | {_default(value)} | {_meaning(value)} |")
+    return "\n".join(parts) + "\n"
+
+
+def _is_section(schema: dict[str, Any], value: dict[str, Any]) -> bool:
+    return "$ref" in value and "properties" in _resolve(schema, value)
+
+
+def _resolve(schema: dict[str, Any], value: dict[str, Any]) -> dict[str, Any]:
+    resolved: dict[str, Any] = schema["$defs"][value["$ref"].rsplit("/", 1)[1]]
+    return resolved
+
+
+def _default(value: dict[str, Any]) -> str:
+    default = value.get("default")
+    return "" if default in (None, "", []) else f"`{default}`"
+
+
+def _meaning(value: dict[str, Any]) -> str:
+    choices = value.get("enum") or value.get("items", {}).get("enum") or []
+    allowed = f" One of {', '.join(f'`{c}`' for c in choices)}." if choices else ""
+    return str(value.get("description", "")).replace("|", "\\|").replace("\n", " ") + allowed
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv:
+        sys.exit(0 if PAGE.exists() and PAGE.read_text() == render() else "docs/config.md is out of date: run this script")
+    PAGE.write_text(render())

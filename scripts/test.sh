@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# From a fresh machine to a tested one: set-up with the development tools, then the whole suite.
+# Usage: bash scripts/test.sh [pytest arguments]     e.g. bash scripts/test.sh -m slow
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh dev
+exec .venv/bin/python -m pytest -q -m "not slow and not gpu" "$@"

@@ -1,0 +1,41 @@
+"""Trainway takes a language model the whole way, from data to release, and wastes no GPU hour."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainway.config.load import load_config
+    from trainway.data.prepare import prepare
+    from trainway.planning.geometry import describe_plan as plan
+    from trainway.recipes.evaluation import evaluate
+    from trainway.recipes.pretrain import pretrain as train
+    from trainway.release.bundle import export
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "evaluate", "export", "load_config", "plan", "prepare", "train"]
+
+# Resolved on first use: `import trainway` must not cost a script that only plans the import of torch.
+_HOMES = {
+    "load_config": ("trainway.config.load", "load_config"),
+    "plan": ("trainway.planning.geometry", "describe_plan"),
+    "prepare": ("trainway.data.prepare", "prepare"),
+    "train": ("trainway.recipes.pretrain", "pretrain"),
+    "evaluate": ("trainway.recipes.evaluation", "evaluate"),
+    "export": ("trainway.release.bundle", "export"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'trainway' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

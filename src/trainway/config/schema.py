@@ -1,0 +1,240 @@
+"""The run configuration: every setting, its type, its bounds and its default. The only home of defaults."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """A decoder-only transformer, built by transformers from its own configuration class."""
+
+    architecture: Literal["llama", "qwen3"] = "llama"
+    """Model family; the exported model loads with transformers' class of that name."""
+    hidden_size: PositiveInt = 256
+    """Width of the residual stream."""
+    num_layers: PositiveInt = 6
+    """Number of decoder blocks."""
+    num_heads: PositiveInt = 4
+    """Number of query heads."""
+    num_kv_heads: PositiveInt | None = None
+    """Number of key and value heads; empty means as many as query heads."""
+    head_dim: PositiveInt | None = None
+    """Width of one head; empty means hidden_size / num_heads."""
+    intermediate_size: PositiveInt = 704
+    """Width of the gated feed-forward layer."""
+    vocab_size: PositiveInt | None = None
+    """Rows of the embedding; empty means the tokenizer's size, rounded up to a multiple of 64."""
+    max_seq_len: PositiveInt = 2048
+    """Longest sequence that the model accepts, in tokens."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary position embedding."""
+    norm_eps: PositiveFloat = 1e-5
+    """Epsilon of RMSNorm."""
+    tie_embeddings: bool = True
+    """Share one matrix between the input embedding and the output head."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
+
+
+class TokenizerConfig(Section):
+    """Reuse a tokenizer (`path`) or train a byte-level BPE on the training documents."""
+
+    path: str | None = None
+    """A bundle written by Trainway or transformers, or a published tokenizer.json; empty means train one."""
+    vocab_size: Annotated[int, Field(ge=258, le=1_000_000)] = 32000
+    """Size of a newly trained vocabulary, special tokens included."""
+    special_tokens: tuple[str, ...] = ()
+    """Further special tokens of a newly trained tokenizer, beside <|bos|>, <|eos|> and <|pad|>."""
+    sample_mib: PositiveInt = 256
+    """How much text, in MiB, a new tokenizer is trained on."""
+
+
+class DataConfig(Section):
+    """Where the documents come from and how they become rows of tokens."""
+
+    train: tuple[str, ...] = ()
+    """Training sources: files, directories or glob patterns; .txt, .jsonl, .json and their .gz forms."""
+    validation: tuple[str, ...] = ()
+    """Validation sources; empty means a share of the training documents is held out (val_ratio)."""
+    val_ratio: Share = 0.01
+    """Share of the training documents held out when there are no validation sources."""
+    text_unit: Literal["file", "paragraph", "line"] = "file"
+    """What one document is in a plain text file."""
+    text_field: str = "text"
+    """Field of a JSON record that holds its text."""
+    on_bad_record: Literal["error", "quarantine"] = "error"
+    """A malformed record ends the preparation, or is set aside in a quarantine file and counted."""
+    max_document_mib: PositiveInt = 64
+    """A longer document counts as malformed."""
+    packing: Literal["documents", "concat"] = "documents"
+    """documents: rows are full and attention never crosses a document; concat: one stream, attention crosses."""
+    store_dir: str = "cache"
+    """Directory of the prepared token stores; each is named by the hash of what it was made from."""
+    shuffle: bool = True
+    """Visit the rows of each epoch in a random order that depends on the seed alone."""
+    prefetch_steps: PositiveInt = 4
+    """How many steps' batches the background reader holds ready."""
+
+
+class TrainConfig(Section):
+    """The length of the run, its batch, its numerics."""
+
+    total_steps: PositiveInt | None = None
+    """Optimiser steps of the run; empty means it follows from epochs."""
+    epochs: PositiveFloat | None = None
+    """Passes over the training rows; an alternative to total_steps."""
+    seq_len: PositiveInt = 512
+    """Tokens in a row."""
+    global_batch_size: PositiveInt | None = None
+    """Rows of one optimiser step, over all ranks; empty means micro_batch_size x grad_accum_steps x ranks."""
+    micro_batch_size: PositiveInt = 8
+    """Rows that one rank takes through the model at once."""
+    grad_accum_steps: PositiveInt | None = None
+    """Micro-batches of one rank per step; empty means it follows from global_batch_size."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of forward and backward; weights stay fp32. auto: what the hardware does well."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """full: keep only each block's input and recompute the rest in the backward pass."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
+    loss_chunk_tokens: PositiveInt = 1024
+    """The cross-entropy holds the logits of at most this many tokens at a time."""
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+    """A step whose loss or gradient is NaN or infinite is left out, or ends the run."""
+    spike_factor: Annotated[float, Field(ge=0)] = 0.0
+    """Leave out a step whose gradient norm exceeds this multiple of the recent median; 0 turns it off."""
+    max_skipped_steps: PositiveInt = 20
+    """So many left-out steps in a row end the run."""
+    num_threads: PositiveInt | None = None
+    """CPU threads of one rank; empty means the physical cores divided among the ranks."""
+
+
+class OptimConfig(Section):
+    """The optimiser. Muon takes the blocks' matrices and AdamW the rest."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for the blocks' matrices with adamw for embeddings, head and norms."""
+    lr: PositiveFloat = 6e-4
+    """Peak learning rate of AdamW."""
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    """AdamW's decay of the first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay of matrices; vectors have none."""
+    muon_lr: PositiveFloat = 0.02
+    """Peak learning rate of Muon."""
+    muon_momentum: Share = 0.95
+    """Nesterov momentum of Muon."""
+    muon_weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of Muon's matrices."""
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the run, as a factor of its peak."""
+
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_steps: NonNegativeInt = 100
+    """Steps of linear warm-up."""
+    min_lr_ratio: Share = 0.1
+    """Factor at the last step of cosine and linear."""
+
+
+class EngineConfig(Section):
+    """How the work is spread over processes."""
+
+    name: Literal["auto", "single", "ddp"] = "auto"
+    """auto: single on one process, ddp on several."""
+    nproc: PositiveInt | Literal["auto"] = "auto"
+    """Processes on this machine; auto: one per GPU."""
+    timeout_s: PositiveInt = 600
+    """A collective operation that takes longer ends the run."""
+
+
+class CheckpointConfig(Section):
+    """When to save and what to keep."""
+
+    save_every: PositiveInt = 500
+    """Steps between checkpoints; the last step is always saved."""
+    save_each_epoch: bool = False
+    """Save at the end of each epoch too."""
+    keep_last: PositiveInt = 3
+    """Newest checkpoints kept, beside the best one."""
+
+
+class EvalConfig(Section):
+    """Validation during training."""
+
+    every: PositiveInt = 250
+    """Steps between evaluations; the last step is always evaluated."""
+    max_tokens: PositiveInt | None = 1_000_000
+    """Tokens of the validation split that one evaluation reads, the same ones each time; empty means all."""
+    prompts: tuple[str, ...] = ()
+    """Prompts continued at each evaluation, into samples.jsonl; empty means openings of validation documents."""
+    num_samples: NonNegativeInt = 3
+    """How many openings of validation documents are continued when there are no prompts."""
+    max_new_tokens: PositiveInt = 64
+    """Length of a sample, in tokens."""
+    temperature: NonNegativeFloat = 0.0
+    """Sampling temperature; 0 takes the likeliest token."""
+
+
+class TrackingConfig(Section):
+    """Where metrics go, beside metrics.jsonl, which is always written."""
+
+    report_to: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
+    """Trackers to write to."""
+
+
+class LogConfig(Section):
+    """What the log shows."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe message shown."""
+    every: PositiveInt = 10
+    """Steps between progress lines when the output is not a terminal."""
+    batches: Literal["all", "first-last", "none"] = "first-last"
+    """Which micro-batches of a step get a line of their own at level debug."""
+
+
+class RunConfig(Section):
+    """One run, from data to exported model."""
+
+    recipe: Literal["pretrain"] = "pretrain"
+    """What is trained, and on what."""
+    description: str = ""
+    """One sentence for people."""
+    name: str | None = None
+    """Name of the run; empty means model, method, settings and time."""
+    runs_dir: str = "runs"
+    """Directory in which run directories are made."""
+    run_dir: str | None = None
+    """The run directory itself; empty means runs_dir/name."""
+    seed: NonNegativeInt = 42
+    """Seed of everything random: initial weights, order of rows, dropout, samples."""
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    log: LogConfig = LogConfig()

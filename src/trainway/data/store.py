@@ -1,0 +1,298 @@
+"""The token store: the tokens of each split on disk, written once, hashed, verified, then memory-mapped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Literal, Self
+
+import numpy as np
+import xxhash
+
+from trainway.errors import DataError
+from trainway.files import atomic_write, hash_file, read_json
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TOKEN_BYTES = "token_bytes.bin"
+TOKENIZER_DIR = "tokenizer"
+QUARANTINE = "quarantine.jsonl"
+PART_BYTES = 4 << 30
+
+SplitName = Literal["train", "val"]
+
+
+@dataclass(frozen=True)
+class StoreManifest:
+    """What a store holds and what it was made from."""
+
+    format: int
+    dtype: str  # of the tokens, as numpy spells it
+    vocab_size: int
+    tokenizer_hash: str
+    bos_id: int | None
+    eos_id: int
+    pad_id: int | None
+    sources: dict[str, list[dict[str, Any]]]  # per setting: path, size, hash
+    quarantined: int  # malformed records that were set aside
+    splits: dict[str, dict[str, Any]]  # per split: tokens, documents, text_bytes, parts
+    files: dict[str, dict[str, Any]]  # every file of the store: bytes, xxh3_128 hash
+
+
+@dataclass(frozen=True)
+class _Part:
+    tokens: np.ndarray  # [part tokens] uint16 or uint32
+    starts: np.ndarray  # [part documents + 1] int64, offsets within the part
+    first: int  # position of the part's first token in the split
+
+
+class TokenSplit:
+    """The documents of one split as one stream of tokens; each document is [bos] + its tokens + [eos]."""
+
+    def __init__(self, parts: Sequence[_Part], eos_id: int, name: str = "train") -> None:
+        self.name = name
+        self.eos_id = eos_id
+        self.num_tokens = sum(len(part.tokens) for part in parts)
+        self.num_documents = sum(len(part.starts) - 1 for part in parts)
+        self._parts = tuple(parts)
+        self._only = parts[0] if len(parts) == 1 else None
+        self._firsts = np.array([part.first for part in parts], dtype=np.int64)
+
+    @classmethod
+    def from_arrays(
+        cls, tokens: np.ndarray, starts: np.ndarray, eos_id: int, name: str = "train"
+    ) -> TokenSplit:
+        """A split in memory. tokens: [T] unsigned; starts: [documents + 1] offsets, the last one T."""
+        return cls([_Part(tokens, starts.astype(np.int64), 0)], eos_id, name)
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens at the positions [start, stop), which must lie within the split; a view where possible."""
+        if self._only is not None:
+            return self._only.tokens[start:stop]
+        pieces = [
+            part.tokens[max(start - part.first, 0) : stop - part.first] for part in self._within(start, stop)
+        ]
+        return np.concatenate(pieces) if pieces else self._parts[0].tokens[:0]
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """Positions in the split, sorted int64, of the documents that begin within [start, stop)."""
+        if self._only is not None:
+            return _starts_between(self._only.starts, start, stop)
+        pieces = [
+            _starts_between(part.starts, start - part.first, stop - part.first) + part.first
+            for part in self._within(start, stop)
+        ]
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+
+    def _within(self, start: int, stop: int) -> tuple[_Part, ...]:
+        low = int(np.searchsorted(self._firsts, start, "right")) - 1
+        high = int(np.searchsorted(self._firsts, stop, "left"))
+        return self._parts[max(low, 0) : high]
+
+
+class TokenStore:
+    """An opened store: its manifest, its splits, and the bytes that each token stands for."""
+
+    def __init__(self, path: Path, manifest: StoreManifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.token_bytes = np.fromfile(path / TOKEN_BYTES, dtype="<i4")
+        """[vocab_size] int32: UTF-8 bytes of each token, 0 for special ones."""
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.path / TOKENIZER_DIR
+
+    @classmethod
+    def open(cls, path: str | Path, verify: bool = True) -> TokenStore:
+        """Memory-map the store in the directory `path`.
+
+        Sizes are always checked; `verify` also hashes every file. Raises DataError naming the file that is
+        missing, empty, truncated, altered or does not belong there.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise DataError(f"{path}: no such token store", fix="prepare the data: trainway data prepare")
+        content = read_json(path / MANIFEST)
+        if not isinstance(content, dict) or content.get("format") != FORMAT_VERSION:
+            why = f"this version reads format {FORMAT_VERSION}"
+            raise DataError(f"{path / MANIFEST}: altered, or of another version", why, _cure(path))
+        try:
+            manifest = StoreManifest(**content)
+            _check_files(path, manifest.files, verify)
+            return cls(path, manifest)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{path / MANIFEST}: altered", str(error), _cure(path)) from error
+
+    def split(self, name: SplitName) -> TokenSplit:
+        """The split's stream of tokens, memory-mapped."""
+        parts: list[_Part] = []
+        first = 0
+        for entry in self.manifest.splits[name]["parts"]:
+            tokens = _map(self.path / entry["bin"], self.manifest.dtype)
+            # Stored as uint64 and read as int64: a search with int64 keys then converts nothing.
+            parts.append(_Part(tokens, _map(self.path / entry["idx"], "<i8"), first))
+            first += len(tokens)
+        return TokenSplit(parts, self.manifest.eos_id, name)
+
+
+class StoreWriter:
+    """Writes a store's files; a document that would take a part past `part_bytes` begins a new one."""
+
+    def __init__(self, path: Path, vocab_size: int, part_bytes: int = PART_BYTES) -> None:
+        self.path = path
+        self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+        self._part_tokens = max(1, part_bytes // self.dtype.itemsize)
+        self._files: dict[str, dict[str, Any]] = {}
+        self._splits = {name: _SplitWriter(name) for name in ("train", "val")}
+        self.vocab_size = vocab_size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for split in self._splits.values():
+            if split.file is not None:
+                split.file.close()
+
+    def append(self, name: str, tokens: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
+        """Append documents to the split `name`: tokens end to end, tokens of each, their bytes of text."""
+        split = self._splits[name]
+        split.text_bytes += text_bytes
+        ends = np.cumsum(lengths, dtype=np.int64)
+        done = 0
+        while done < len(lengths):
+            base = int(ends[done - 1]) if done else 0
+            room = self._part_tokens - split.tokens
+            # A document never spans two parts; a part takes at least one.
+            stop = max(int(np.searchsorted(ends, base + room, "right")), done + (split.tokens == 0))
+            if stop > done:
+                self._write(split, tokens[base : int(ends[stop - 1])], lengths[done:stop])
+            if stop < len(lengths):
+                self._finish_part(split)
+            done = stop
+
+    def finish(self, token_bytes: np.ndarray, **facts: Any) -> StoreManifest:
+        """Close the parts and write the manifest, which lists every file in the directory.
+
+        facts: the fields of StoreManifest that the writer does not know itself.
+        """
+        for split in self._splits.values():
+            self._finish_part(split)
+        self._whole_file(TOKEN_BYTES, token_bytes.astype("<i4").tobytes())
+        for path in sorted(self.path.rglob("*")):
+            name = path.relative_to(self.path).as_posix()
+            if path.is_file() and name not in self._files:
+                self._files[name] = {"bytes": path.stat().st_size, "hash": hash_file(path)}
+        manifest = StoreManifest(
+            format=FORMAT_VERSION,
+            dtype=self.dtype.str,
+            vocab_size=self.vocab_size,
+            splits={name: split.summary() for name, split in self._splits.items()},
+            files=dict(sorted(self._files.items())),
+            **facts,
+        )
+        atomic_write(self.path / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
+        return manifest
+
+    def documents(self, name: str) -> int:
+        """Documents of the split so far."""
+        split = self._splits[name]
+        finished: int = sum(part["documents"] for part in split.parts)
+        return finished + sum(map(len, split.lengths))
+
+    def _write(self, split: _SplitWriter, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        if split.file is None:
+            split.file = open(self.path / split.part_name("bin"), "wb")  # noqa: SIM115 - closed with the part
+            split.digest = xxhash.xxh3_128()
+        payload = np.ascontiguousarray(tokens, dtype=self.dtype).data.cast("B")
+        split.file.write(payload)
+        split.digest.update(payload)  # what should be on the disk, not what a failing disk made of it
+        split.tokens += len(tokens)
+        split.lengths.append(lengths.astype(np.int64))
+
+    def _finish_part(self, split: _SplitWriter) -> None:
+        if split.file is None:
+            return
+        split.file.close()
+        name = split.part_name("bin")
+        self._files[name] = {"bytes": split.tokens * self.dtype.itemsize, "hash": split.digest.hexdigest()}
+        lengths = np.concatenate(split.lengths)
+        starts = np.zeros(len(lengths) + 1, dtype="<u8")
+        np.cumsum(lengths, out=starts[1:], dtype="<u8")
+        self._whole_file(split.part_name("idx"), starts.tobytes())
+        entry = {
+            "bin": name,
+            "idx": split.part_name("idx"),
+            "tokens": split.tokens,
+            "documents": len(lengths),
+        }
+        split.parts.append(entry)
+        split.file, split.tokens, split.lengths = None, 0, []
+
+    def _whole_file(self, name: str, data: bytes) -> None:
+        (self.path / name).write_bytes(data)
+        self._files[name] = {"bytes": len(data), "hash": xxhash.xxh3_128_hexdigest(data)}
+
+
+class _SplitWriter:
+    """One split while it is written: the open part and the finished ones."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.file: BinaryIO | None = None
+        self.digest = xxhash.xxh3_128()
+        self.tokens = 0  # of the open part
+        self.lengths: list[np.ndarray] = []  # of the open part's documents
+        self.parts: list[dict[str, Any]] = []
+        self.text_bytes = 0
+
+    def part_name(self, suffix: str) -> str:
+        return f"{self.name}-{len(self.parts):05d}.{suffix}"
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "tokens": sum(part["tokens"] for part in self.parts),
+            "documents": sum(part["documents"] for part in self.parts),
+            "text_bytes": self.text_bytes,
+            "parts": self.parts,
+        }
+
+
+def _starts_between(starts: np.ndarray, start: int, stop: int) -> np.ndarray:
+    # The last offset is the part's end, not a document's start.
+    low, high = starts[:-1].searchsorted((start, stop))
+    return starts[low:high]
+
+
+def _check_files(path: Path, files: dict[str, dict[str, Any]], verify: bool) -> None:
+    found = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+    extra = sorted(name for name in found - set(files) - {MANIFEST} if not Path(name).name.startswith("."))
+    if extra:
+        why = f"{path / MANIFEST} does not list it"
+        raise DataError(f"{path / extra[0]}: does not belong to the token store", why, "remove the file")
+    for name, entry in files.items():
+        file = path / name
+        if name not in found:
+            raise DataError(f"{file}: missing from the token store", fix=_cure(path))
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            why = "it is empty" if size == 0 else f"{size} bytes; the manifest says {entry['bytes']}"
+            raise DataError(f"{file}: altered since the token store was written", why, _cure(path))
+        if verify and hash_file(file) != entry["hash"]:
+            why = f"its content does not have the hash {entry['hash']} of the manifest"
+            raise DataError(f"{file}: altered since the token store was written", why, _cure(path))
+
+
+def _map(path: Path, dtype: str) -> np.ndarray:
+    # A plain view of the map: slicing np.memmap itself costs microseconds each time.
+    return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
+
+
+def _cure(path: Path) -> str:
+    return f"delete the directory {path}: preparing the data makes it again"

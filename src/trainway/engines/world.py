@@ -1,0 +1,115 @@
+"""The processes of a run: who this one is, which device it drives, and the few collectives that Trainway needs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from trainway.config.schema import EngineConfig
+from trainway.errors import ConfigError, EnvironmentFault
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among `world_size`; `device` is its own."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes files and prints."""
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Sum each value over all ranks, in double precision; the same result on every rank."""
+        if self.world_size == 1:
+            return [float(v) for v in values]
+        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        return totals.tolist()  # device→host sync
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def from_main(self, value: Any) -> Any:
+        """Give every rank rank 0's value (anything that JSON can hold)."""
+        if self.world_size == 1:
+            return value
+        # Length, then bytes: a fixed-size tensor collective, so that nothing is unpickled from the network.
+        text = json.dumps(value).encode() if self.is_main else b""
+        size = torch.tensor([len(text)], device=self.device)
+        dist.broadcast(size, src=0)
+        data = torch.empty(int(size.item()), dtype=torch.uint8, device=self.device)
+        if self.is_main:
+            data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        dist.broadcast(data, src=0)
+        return json.loads(bytes(data.cpu().numpy()))
+
+
+@contextmanager
+def open_world(engine: EngineConfig, num_threads: int | None = None) -> Iterator[World]:
+    """Join the process group that torchrun's variables describe (none for one process) and leave it at the end.
+
+    Raises:
+        ConfigError: the engine does not fit the number of processes.
+        EnvironmentFault: a rank has no GPU of its own.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if engine.name == "single" and world_size > 1:
+        raise ConfigError(
+            f"engine.name is single, but {world_size} processes were started",
+            "the single engine would train the same model once per process",
+            "set engine.name=ddp, or start one process",
+        )
+    torch.set_num_threads(num_threads or max(1, _physical_cores() // local_world_size))
+    device = _device(local_rank)
+    world = World(rank, local_rank, world_size, local_world_size, device)
+    if world_size == 1:
+        yield world
+        return
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=engine.timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise EnvironmentFault(
+            f"local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}",
+            "more processes were started than GPUs are visible",
+            "lower --nproc, or widen CUDA_VISIBLE_DEVICES",
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _physical_cores() -> int:
+    # A container may be allowed fewer cores than the machine has.
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(psutil.cpu_count(logical=False) or allowed, allowed)

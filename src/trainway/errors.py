@@ -1,0 +1,61 @@
+"""Every error that a user can cause, and the exit code it ends the program with."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of the command line: the contract that scripts and schedulers rely on."""
+
+    DONE = 0
+    INTERNAL = 1
+    CONFIG = 2
+    DATA = 3
+    ENVIRONMENT = 4
+    STOPPED = 75
+    """Stopped on request, a checkpoint saved: start the same command again to go on (EX_TEMPFAIL)."""
+
+
+class UserError(Exception):
+    """An error that the user can cure: what happened, why, and what to do about it.
+
+    The command line prints exactly these three lines and ends with `code`; no traceback.
+    """
+
+    code: ExitCode = ExitCode.CONFIG
+
+    def __init__(self, what: str, why: str = "", fix: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.why = why
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return "\n".join(line for line in (self.what, self.why, self.fix) if line)
+
+
+class ConfigError(UserError):
+    """The configuration or the arguments are wrong (exit code 2)."""
+
+    code = ExitCode.CONFIG
+
+
+class DataError(UserError):
+    """The data or a file that Trainway wrote earlier is missing, altered or malformed (exit code 3)."""
+
+    code = ExitCode.DATA
+
+
+class EnvironmentFault(UserError):
+    """The machine lacks something: a device, disk space, the network, a login (exit code 4)."""
+
+    code = ExitCode.ENVIRONMENT
+
+
+class Stopped(Exception):
+    """Training stopped on request with a checkpoint saved (exit code 75)."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped after step {step}")
+        self.step = step

@@ -1,0 +1,134 @@
+"""Losses as pure functions: sums over target tokens, never means, and never the logits of a whole batch at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE_INDEX = -100
+"""Label of a position that has no target."""
+
+CPU_CHUNK_LOGITS = 2**22
+"""Logits that a CPU holds at a time, 16 MiB: the allocator keeps such a block instead of returning its pages."""
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
+    """Sum of the negative log-likelihoods (nats) of `labels` under the logits hidden @ weight.T; 0-d fp32.
+
+    hidden [N, H], weight [V, H], labels [N] with `IGNORE_INDEX` where there is no target. At most `chunk_tokens` rows
+    of logits are alive at a time. Gradients are made in the forward pass while a chunk's probabilities are at hand,
+    so that nothing is kept or computed twice (Hsu et al. 2024, Liger Kernel, section 3.2). Under autocast the GEMMs
+    run in its type; softmax, sums and the head's gradient are fp32. fp64 stays fp64.
+    """
+    if hidden.device.type == "cpu":  # elsewhere the count of targets would have to come back from the device
+        targets = labels != IGNORE_INDEX
+        if not bool(targets.all()):
+            kept = targets.nonzero()[:, 0]
+            hidden, labels = hidden.index_select(0, kept), labels.index_select(0, kept)
+    # the Function's own forward runs without grad mode, so what needs a gradient is settled here
+    grads = torch.is_grad_enabled()
+    needs = (grads and hidden.requires_grad, grads and weight.requires_grad)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_tokens, needs)
+
+
+@torch.no_grad()
+def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
+    """Negative log-likelihood of each label [N], fp32, without gradient; 0 where the label is `IGNORE_INDEX`."""
+    hidden, weight, stat_type = _gemm_operands(hidden, weight)
+    buffer = _logit_buffer(hidden, weight, chunk_tokens)
+    losses = [
+        _chunk_log_probs(hidden[start : start + part.shape[0]], weight, stat_type, part, buffer)[1]
+        for start, part in _chunks(labels, buffer.shape[0])
+    ]
+    return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=stat_type)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, needs: tuple[bool, bool]
+    ) -> Tensor:
+        x, w, stat_type = _gemm_operands(hidden, weight)
+        loss = x.new_zeros((), dtype=stat_type)
+        d_hidden = torch.empty_like(x) if needs[0] else None
+        d_weight = torch.zeros_like(weight, dtype=stat_type) if needs[1] else None
+        # inside the Function autocast is still on and would undo the choice of types
+        with torch.autocast(x.device.type, enabled=False):
+            buffer = _logit_buffer(x, w, chunk_tokens)
+            for start, part in _chunks(labels, buffer.shape[0]):
+                rows = x[start : start + part.shape[0]]  # [n, H]
+                log_probs, nll = _chunk_log_probs(rows, w, stat_type, part, buffer)
+                loss += nll.sum()
+                if not any(needs):
+                    continue
+                d_logits = _logit_gradient(log_probs, part).to(x.dtype)  # [n, V]
+                if d_hidden is not None:
+                    torch.mm(d_logits, w, out=d_hidden[start : start + part.shape[0]])
+                if d_weight is not None and d_weight.dtype == d_logits.dtype:
+                    d_weight.addmm_(d_logits.t(), rows)
+                elif d_weight is not None:
+                    d_weight += d_logits.t() @ rows
+        ctx.save_for_backward(
+            None if d_hidden is None else d_hidden.to(hidden.dtype),
+            None if d_weight is None else d_weight.to(weight.dtype),
+        )
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return (
+            None if d_hidden is None else d_hidden * grad_loss.to(d_hidden.dtype),
+            None if d_weight is None else d_weight * grad_loss.to(d_weight.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _gemm_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Both operands in the type of the GEMMs, and the type of the sums."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return hidden.to(dtype), weight.to(dtype), torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _chunks(labels: Tensor, chunk_tokens: int) -> list[tuple[int, Tensor]]:
+    return [(start, labels[start : start + chunk_tokens]) for start in range(0, labels.shape[0], chunk_tokens)]
+
+
+def _logit_buffer(rows: Tensor, weight: Tensor, chunk_tokens: int) -> Tensor:
+    """Room for one chunk of logits, used again and again: fresh pages cost a CPU as much as the GEMM itself."""
+    if rows.device.type == "cpu":
+        chunk_tokens = max(1, min(chunk_tokens, CPU_CHUNK_LOGITS // weight.shape[0]))
+    return rows.new_empty(min(chunk_tokens, max(1, rows.shape[0])), weight.shape[0])
+
+
+def _chunk_log_probs(
+    rows: Tensor, weight: Tensor, stat_type: torch.dtype, labels: Tensor, buffer: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [n, V] and the loss of each row [n], 0 for an ignored one. Writes over `buffer`."""
+    logits = torch.mm(rows, weight.t(), out=buffer[: rows.shape[0]])
+    if logits.device.type == "cpu" and logits.dtype == stat_type:
+        # CPU's kernel finishes a row before it writes it, so it can work in place
+        log_probs = torch.log_softmax(logits, -1, out=logits)
+    else:
+        log_probs = torch.log_softmax(logits, -1, dtype=stat_type)
+    ignored = labels == IGNORE_INDEX
+    picked = log_probs.gather(1, labels.masked_fill(ignored, 0)[:, None])[:, 0]
+    return log_probs, -picked.masked_fill(ignored, 0.0)
+
+
+def _logit_gradient(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """softmax - one-hot, in place; rows of ignored labels are 0."""
+    ignored = labels == IGNORE_INDEX
+    probs = log_probs.exp_()
+    targets = labels.masked_fill(ignored, 0)[:, None]
+    probs.scatter_add_(1, targets, probs.new_full((), -1.0).expand(targets.shape))
+    if log_probs.device.type == "cpu":
+        return probs  # linear_cross_entropy has left the ignored rows out already
+    return probs.masked_fill_(ignored[:, None], 0.0)

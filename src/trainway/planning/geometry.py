@@ -1,0 +1,154 @@
+"""Batch geometry: how rows spread over micro-batches, ranks, steps and epochs, computed once for the whole run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from trainway.config.schema import RunConfig
+from trainway.errors import ConfigError
+from trainway.planning.arithmetic import count_parameters, flops_per_token, memory_bytes, padded_vocab_size
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of one run. Batch sizes count rows; `global_batch_size` is micro_batch_size x grad_accum_steps x ranks."""
+
+    world_size: int
+    micro_batch_size: int
+    grad_accum_steps: int
+    global_batch_size: int
+    seq_len: int
+    tokens_per_step: int
+    total_steps: int | None
+    """None: train.epochs decides, and the number of rows is not known yet."""
+    steps_per_epoch: int | None
+    epochs: float | None
+    """Passes over the training rows; None when the number of rows is not known and only total_steps is set."""
+
+
+def resolve_geometry(config: RunConfig, world_size: int, rows_per_epoch: int | None = None) -> Geometry:
+    """The batch and the length of the run on `world_size` ranks; `rows_per_epoch` is the rows of the training split.
+
+    Steps per epoch are rows / global_batch_size to the nearest whole step, at least 1. Raises ConfigError when the
+    global batch does not divide evenly, when it disagrees with grad_accum_steps, or when the warm-up outlasts the run.
+    """
+    if world_size < 1:
+        raise ConfigError(
+            f"the number of ranks is {world_size}", "a run has at least one process", "use 1 or more"
+        )
+    train = config.train
+    accumulation = _accumulation(config, world_size)
+    global_batch = train.micro_batch_size * accumulation * world_size
+    steps_per_epoch = None
+    total_steps, epochs = train.total_steps, train.epochs
+    if rows_per_epoch is not None:
+        if rows_per_epoch < 1:
+            raise ConfigError(
+                "the training split has no rows", "there is nothing to train on", "check data.train"
+            )
+        steps_per_epoch = max(1, round(rows_per_epoch / global_batch))
+        if total_steps is None and epochs is not None:
+            total_steps = max(1, round(epochs * rows_per_epoch / global_batch))
+        elif total_steps is not None:
+            epochs = total_steps * global_batch / rows_per_epoch
+    if total_steps is not None and config.schedule.warmup_steps >= total_steps:
+        raise ConfigError(
+            f"schedule.warmup_steps is {config.schedule.warmup_steps}",
+            f"the run has only {total_steps} steps of {global_batch} rows",
+            f"set schedule.warmup_steps={total_steps // 10}, or train for more steps",
+        )
+    return Geometry(
+        world_size=world_size,
+        micro_batch_size=train.micro_batch_size,
+        grad_accum_steps=accumulation,
+        global_batch_size=global_batch,
+        seq_len=train.seq_len,
+        tokens_per_step=global_batch * train.seq_len,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        epochs=epochs,
+    )
+
+
+def planned_ranks(config: RunConfig) -> int:
+    """Ranks as far as the configuration decides them: engine.nproc where it is a number, else 1."""
+    return config.engine.nproc if isinstance(config.engine.nproc, int) else 1
+
+
+def planned_vocab_size(config: RunConfig) -> int | None:
+    """Rows of the embedding as far as the configuration decides them; None when a tokenizer has to be read first."""
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    return None if config.tokenizer.path is not None else padded_vocab_size(config.tokenizer.vocab_size)
+
+
+def describe_plan(
+    config: RunConfig,
+    world_size: int = 1,
+    vocab_size: int | None = None,
+    rows_per_epoch: int | None = None,
+    *,
+    half_precision: bool | None = None,
+) -> dict[str, Any]:
+    """What a run takes, as plain JSON values: geometry, parameters, FLOPs per token, bytes of one rank.
+
+    `vocab_size`: rows of the embedding; empty takes `planned_vocab_size`, and where that is unknown too, everything
+    that depends on it is None. `half_precision`: empty follows train.precision, `auto` counting as bf16. Raises
+    ConfigError as `resolve_geometry` does.
+    """
+    geometry = resolve_geometry(config, world_size, rows_per_epoch)
+    vocab = vocab_size or planned_vocab_size(config)
+    plan: dict[str, Any] = {
+        "geometry": asdict(geometry),
+        "vocab_size": vocab,
+        "parameters": None,
+        "flops_per_token": None,
+        "memory_bytes": None,
+        "total_tokens": None
+        if geometry.total_steps is None
+        else geometry.total_steps * geometry.tokens_per_step,
+    }
+    if vocab is None:
+        return plan
+    counts = count_parameters(config.model, vocab)
+    memory = memory_bytes(
+        config.model,
+        vocab,
+        micro_batch_size=geometry.micro_batch_size,
+        seq_len=geometry.seq_len,
+        loss_chunk_tokens=config.train.loss_chunk_tokens,
+        optimizer=config.optim.name,
+        checkpointing=config.train.activation_checkpointing,
+        half_precision=config.train.precision != "fp32" if half_precision is None else half_precision,
+    )
+    plan["parameters"] = {"total": counts.total, "embedding": counts.embedding}
+    plan["flops_per_token"] = flops_per_token(config.model, vocab, geometry.seq_len)
+    plan["memory_bytes"] = {**asdict(memory), "total": memory.total}
+    return plan
+
+
+def _accumulation(config: RunConfig, world_size: int) -> int:
+    """Micro-batches of one rank per step."""
+    train = config.train
+    rows = train.micro_batch_size * world_size
+    if train.global_batch_size is None:
+        return train.grad_accum_steps or 1
+    if train.grad_accum_steps is not None and train.grad_accum_steps * rows != train.global_batch_size:
+        raise ConfigError(
+            f"train.global_batch_size {train.global_batch_size} disagrees with train.grad_accum_steps "
+            f"{train.grad_accum_steps}",
+            f"{train.micro_batch_size} rows x {train.grad_accum_steps} x {world_size} ranks = "
+            f"{train.grad_accum_steps * rows}",
+            "leave one of the two empty",
+        )
+    if train.global_batch_size % rows:
+        below = train.global_batch_size // rows * rows
+        nearest = [str(size) for size in (below, below + rows) if size]
+        raise ConfigError(
+            f"train.global_batch_size {train.global_batch_size} is not divisible by "
+            f"{train.micro_batch_size} rows x {world_size} ranks",
+            "every rank takes whole micro-batches, the same number each",
+            f"use train.global_batch_size={' or '.join(nearest)}, or another train.micro_batch_size",
+        )
+    return train.global_batch_size // rows

@@ -1,0 +1,103 @@
+"""Evaluate a run, a checkpoint or any causal language model on held-out text."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trainway.config.schema import DataConfig, RunConfig, TokenizerConfig, TrainConfig
+from trainway.data.loader import validation_batches
+from trainway.data.prepare import prepare
+from trainway.data.store import TokenStore
+from trainway.engines import choose_precision
+from trainway.engines.world import open_world
+from trainway.errors import ConfigError
+from trainway.models.attention import PACKED_ATTENTION
+from trainway.models.causal_lm import CausalLMLoss
+from trainway.release.bundle import model_directory
+from trainway.run_dir import RunDir
+from trainway.training.evaluate import continue_prompts, evaluate_batches
+
+
+def evaluate(
+    target: str | Path,
+    *,
+    data: Sequence[str] = (),
+    prompts: Sequence[str] = (),
+    max_tokens: int | None = None,
+    seq_len: int | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+) -> dict[str, Any]:
+    """Validation loss, perplexity and bits per byte of a run (its best checkpoint), a checkpoint or a model directory.
+
+    Args:
+        data: files to evaluate on; empty means the run's own validation split.
+        prompts: continued and returned under "samples".
+        max_tokens: read at most this many tokens; None reads all.
+        seq_len: tokens in a row; None means as trained, or 512 for a model without a run.
+
+    Raises:
+        ConfigError: no model there, or neither data nor a run whose validation split could be used.
+        DataError: the data is missing or malformed.
+    """
+    directory = model_directory(target)
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, local_files_only=True, attn_implementation=PACKED_ATTENTION
+    )
+    config = _run_config(target)
+    seq_len = seq_len or (config.train.seq_len if config else min(512, model.config.max_position_embeddings))
+    base = config or RunConfig()
+    with tempfile.TemporaryDirectory() as scratch, open_world(base.engine) as world:
+        store = _store(target, config, directory, data, scratch)
+        model.to(world.device)
+        batches = validation_batches(
+            store.split("val"),
+            seq_len=seq_len,
+            micro_batch_size=base.train.micro_batch_size,
+            packing=base.data.packing,
+            max_tokens=max_tokens,
+            rank=world.rank,
+            world_size=world.world_size,
+        )
+        module = CausalLMLoss(model, chunk_tokens=base.train.loss_chunk_tokens)
+        precision = choose_precision(base.train.precision, world.device)
+        result: dict[str, Any] = evaluate_batches(module, batches, store.token_bytes, world, precision)
+        if prompts:
+            samples = continue_prompts(
+                model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=base.seed
+            )
+            result["samples"] = list(samples)
+    return result
+
+
+def _run_config(target: str | Path) -> RunConfig | None:
+    path = RunDir(Path(target)).config
+    return RunConfig.model_validate(yaml.safe_load(path.read_text())) if path.exists() else None
+
+
+def _store(
+    target: str | Path, config: RunConfig | None, directory: Path, data: Sequence[str], scratch: str
+) -> TokenStore:
+    if not data and config is not None:
+        return TokenStore.open(prepare(config).store_dir, verify=False)  # prepare verifies
+    if not data:
+        raise ConfigError(
+            f"there is nothing to evaluate {target} on",
+            "it is not a run directory, so it has no validation split of its own",
+            "name a file: --data FILE",
+        )
+    sources = tuple(data)
+    given = RunConfig(
+        data=DataConfig(train=sources, validation=sources, store_dir=scratch),
+        tokenizer=TokenizerConfig(path=str(directory)),
+        train=TrainConfig(total_steps=1),
+    )
+    return TokenStore.open(prepare(given).store_dir, verify=False)

@@ -1,0 +1,101 @@
+"""Validation: token-weighted loss, perplexity, bits per byte, and continued prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trainway.data.loader import IGNORE_INDEX, Batch
+from trainway.engines.precision import Precision, autocast
+from trainway.engines.world import World
+
+
+@torch.no_grad()
+def evaluate_batches(
+    module: nn.Module, batches: Iterable[Batch], token_bytes: np.ndarray, world: World, precision: Precision
+) -> dict[str, float]:
+    """Evaluate a summed-loss module over this rank's batches and reduce over all ranks.
+
+    Returns:
+        val/loss: nats per target token. val/ppl: its exponential. val/bpb: bits per UTF-8 byte of the target
+        text, comparable between tokenizers. val/tokens: target tokens.
+    """
+    lengths = torch.as_tensor(token_bytes, dtype=torch.int64)
+    nats, tokens, text_bytes = 0.0, 0, 0
+    was_training = module.training
+    module.eval()
+    for batch in batches:
+        targets = batch.labels[batch.labels != IGNORE_INDEX]
+        tokens += batch.num_targets
+        text_bytes += int(lengths[targets].sum())
+        batch = batch.to(world.device)
+        with autocast(precision, world.device):
+            loss = module(batch.input_ids, batch.labels, batch.position_ids, batch.boundaries)
+        nats += loss.item()  # device→host sync
+    module.train(was_training)
+    nats, all_tokens, all_bytes = world.sum(nats, tokens, text_bytes)
+    loss_per_token = nats / all_tokens
+    return {
+        "val/loss": loss_per_token,
+        "val/ppl": math.exp(min(loss_per_token, 700.0)),  # exp overflows a double past 709
+        "val/bpb": nats / math.log(2) / all_bytes if all_bytes else math.nan,
+        "val/tokens": all_tokens,
+    }
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[str],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> Iterator[dict[str, str]]:
+    """Yield `{"prompt", "text"}` for each prompt; the same seed gives the same text."""
+    was_training = model.training
+    model.eval()
+    with _plain_attention(model), torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for prompt in prompts:
+            ids = prompt_ids(tokenizer, prompt).to(model.device)
+            sampling: dict[str, Any] = {"do_sample": False}
+            if temperature > 0:
+                sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+            room = model.config.max_position_embeddings - ids.shape[1]
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max(1, min(max_new_tokens, room)),
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                **sampling,
+            )
+            yield {"prompt": prompt, "text": tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)}
+    model.train(was_training)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
+    """Token ids of a prompt as a document starts: the start token, if the tokenizer has one, then the text.  # [1, T]"""
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    return torch.tensor([start + ids or [tokenizer.eos_token_id]])
+
+
+@contextmanager
+def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    # Generation decodes against a cache; packed attention is for whole rows.
+    before = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

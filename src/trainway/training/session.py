@@ -1,0 +1,272 @@
+"""The life of a run on disk: opened under its lock, resumed, saved, and ended with a status and a report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from trainway.checkpoint.state import TrainState
+from trainway.checkpoint.store import CheckpointStore
+from trainway.config.load import dump_config
+from trainway.config.schema import RunConfig
+from trainway.data.prepare import PreparedData
+from trainway.data.store import TokenStore
+from trainway.data.tokenizer import load_tokenizer
+from trainway.engines import engine_name
+from trainway.engines.base import Learner
+from trainway.engines.single import MODEL_DIR
+from trainway.engines.world import World
+from trainway.errors import ConfigError, DataError, Stopped
+from trainway.files import atomic_write
+from trainway.logs import log_to_file, stage, warn
+from trainway.planning.arithmetic import count_parameters, padded_vocab_size
+from trainway.planning.geometry import Geometry, resolve_geometry
+from trainway.provenance import collect_provenance, config_hash
+from trainway.run_dir import RunDir
+from trainway.training.progress import clock
+from trainway.training.runs import Resume, refuse_changed_settings, write_status
+from trainway.training.speed import peak_memory_gib
+
+STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves behind."""
+
+    run_dir: Path
+    step: int
+    val_loss: float | None
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Session:
+    """What is fixed before the first step: settings, processes, directory, data, batch geometry."""
+
+    config: RunConfig
+    world: World
+    run: RunDir
+    checkpoints: CheckpointStore
+    store: TokenStore
+    data_hash: str
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    geometry: Geometry
+    resume: Resume
+    allow_changes: bool
+
+    @property
+    def total_steps(self) -> int:
+        assert self.geometry.total_steps is not None  # the number of rows is known
+        return self.geometry.total_steps
+
+
+def begin_session(
+    config: RunConfig, world: World, run: RunDir, prepared: PreparedData, resume: Resume, allow_changes: bool
+) -> Session:
+    """Settle everything that the run needs; rank 0, which holds the lock, checks and describes its directory.
+
+    Raises:
+        ConfigError: the batch does not divide, or the run was begun with other settings.
+    """
+    store = TokenStore.open(prepared.store_dir, verify=False)  # prepare has just verified it
+    tokenizer = load_tokenizer(prepared.tokenizer_dir)
+    session = Session(
+        config=config,
+        world=world,
+        run=run,
+        checkpoints=CheckpointStore(run.checkpoints, config.checkpoint.keep_last),
+        store=store,
+        data_hash=prepared.store_dir.name,
+        tokenizer=tokenizer,
+        vocab_size=config.model.vocab_size or padded_vocab_size(len(tokenizer)),
+        geometry=resolve_geometry(config, world.world_size, store.split("train").num_tokens // config.train.seq_len),
+        resume=resume,
+        allow_changes=allow_changes,
+    )
+    if world.is_main:
+        _open_directory(session)
+    world.barrier()
+    return session
+
+
+def starting_state(session: Session, learner: Learner) -> TrainState:
+    """Load the checkpoint to go on from into `learner`, or begin at step 0.
+
+    Raises:
+        ConfigError: the step asked for does not exist (those that do are listed), or the batch changed.
+        DataError: data or tokenizer changed, or checkpoints exist and none is intact.
+    """
+    path = _checkpoint_to_resume(session)
+    if path is None:
+        return TrainState(
+            step=0,
+            tokens_seen=0,
+            samples_seen=0,
+            best_val_loss=None,
+            best_step=None,
+            last_val_loss=None,
+            skipped_steps=0,
+            guard={},
+            scaler={},
+            elapsed_s=0.0,
+            config_hash=config_hash(session.config.model_dump(mode="json")),
+            data_hash=session.data_hash,
+            tokenizer_hash=session.store.manifest.tokenizer_hash,
+        )
+    state = TrainState.from_json((path / STATE_FILE).read_text(), str(path / STATE_FILE))
+    if not session.allow_changes:
+        _refuse_other_data(session, state, path)
+    learner.read(path)
+    learner.load_state(state.scaler)
+    stage("STEP", f"going on from {path} (step {state.step} of {session.total_steps})")
+    return state
+
+
+def save_checkpoint(session: Session, learner: Learner, state: TrainState) -> None:
+    """All ranks write their part; rank 0 makes the checkpoint visible when all of it is on the disk.
+
+    Raises:
+        EnvironmentFault: the disk is full, read-only or failing; the checkpoints before stay as they were.
+    """
+    world, checkpoints = session.world, session.checkpoints
+    directory = Path(world.from_main(str(checkpoints.begin(state.step)) if world.is_main else ""))
+
+    def write(directory: Path) -> None:
+        learner.write(directory)
+        if world.is_main:
+            session.tokenizer.save_pretrained(directory / MODEL_DIR)
+            (directory / STATE_FILE).write_text(state.to_json())
+
+    try:
+        checkpoints.write_into(directory, write)
+        world.barrier()
+        if world.is_main:
+            is_best = state.best_step == state.step
+            checkpoints.commit(state.step, directory, best=is_best, info={"val_loss": state.last_val_loss})
+    except BaseException:
+        if world.is_main:
+            checkpoints.abort(directory)
+        raise
+    if world.is_main:
+        write_status(session.run, "running", state.step, val_loss=state.last_val_loss)
+        stage("SAVE", f"checkpoint of step {state.step}")
+    world.barrier()
+
+
+@contextmanager
+def recorded_end(session: Session) -> Iterator[None]:
+    """Record in the run's status how training ended when it does not end well."""
+    try:
+        yield
+    except BaseException as error:
+        if session.world.is_main:
+            stopped = isinstance(error, Stopped)
+            step = error.step if isinstance(error, Stopped) else max(session.checkpoints.steps(), default=0)
+            write_status(session.run, "stopped" if stopped else "failed", step, error=str(error))
+            stage("DONE", f"{'stopped' if stopped else 'failed'}; the same command goes on from step {step}")
+        if isinstance(error, Stopped):
+            session.world.barrier()  # a launcher ends the other ranks as soon as the first one is gone
+        raise
+
+
+def finish(session: Session, state: TrainState) -> RunResult:
+    """Write report.json and the final status."""
+    world, run, seconds = session.world, session.run, state.elapsed_s
+    report = {
+        "world_size": world.world_size,
+        "engine": engine_name(session.config, world),
+        "device": str(world.device),
+        "steps": state.step,
+        "tokens": state.tokens_seen,
+        "seconds": seconds,
+        "tokens_per_s": state.tokens_seen / seconds if seconds else 0.0,
+        "parameters": count_parameters(session.config.model, session.vocab_size).total,
+        "val_loss": state.last_val_loss,
+        "best_val_loss": state.best_val_loss,
+        "best_step": state.best_step,
+        "skipped_steps": state.skipped_steps,
+        "peak_memory_gib": peak_memory_gib(world.device),
+    }
+    if world.is_main:
+        atomic_write(run.report, json.dumps(report, indent=2) + "\n")
+        write_status(run, "done", state.step, val_loss=state.last_val_loss)
+        speed = f"{report['tokens_per_s']:,.0f} tokens/s"
+        stage("RESULT", f"validation loss {state.last_val_loss:.4f} after {state.tokens_seen:,} tokens, {speed}")
+        stage("DONE", f"{state.step} steps in {clock(seconds)}: {run.path}")
+    world.barrier()
+    return RunResult(run.path, state.step, state.last_val_loss, report)
+
+
+def finished_before(config: RunConfig, run: RunDir, allow_changes: bool) -> RunResult:
+    """The result of a run that is done: starting it again does nothing.
+
+    Raises:
+        ConfigError: the settings are not those of that run.
+    """
+    if not allow_changes:
+        refuse_changed_settings(config, run)
+    report = json.loads(run.report.read_text())
+    stage("DONE", f"{run.path} finished before ({report['steps']} steps): nothing to do")
+    return RunResult(run.path, report["steps"], report["val_loss"], report)
+
+
+def _open_directory(session: Session) -> None:
+    config, run, checkpoints = session.config, session.run, session.checkpoints
+    checkpoints.clean()
+    if session.resume == "never" and (steps := checkpoints.steps()):
+        raise ConfigError(
+            f"{run.path} holds a run already (checkpoints of steps {', '.join(map(str, steps))})",
+            "--resume never begins a new run, and would mix its files with the old one's",
+            "choose another run_dir or name, or go on with --resume auto",
+        )
+    if not session.allow_changes:
+        refuse_changed_settings(config, run)
+    log_to_file(run.log)
+    atomic_write(run.config, dump_config(config))
+    provenance = collect_provenance(config_hash(config.model_dump(mode="json")), session.data_hash, sys.argv)
+    atomic_write(run.provenance, json.dumps(provenance, indent=2) + "\n")
+
+
+def _checkpoint_to_resume(session: Session) -> Path | None:
+    found = None
+    if session.world.is_main:
+        if isinstance(session.resume, int):
+            found = str(session.checkpoints.resolve(session.resume))
+            for step in session.checkpoints.discard_after(session.resume):
+                warn(f"the checkpoint of step {step} is removed: the run goes on from step {session.resume}")
+        elif newest := session.checkpoints.newest_intact():
+            for step, problems in newest[2]:
+                warn(f"the checkpoint of step {step} is damaged and passed over: {'; '.join(problems)}")
+            found = str(newest[1])
+    found = session.world.from_main(found)
+    return Path(found) if found else None
+
+
+def _refuse_other_data(session: Session, state: TrainState, path: Path) -> None:
+    changed = []
+    if state.tokenizer_hash != session.store.manifest.tokenizer_hash:
+        changed.append("the tokenizer")
+    if state.data_hash != session.data_hash:
+        changed.append("the training data")
+    if changed:
+        raise DataError(
+            f"{path} was trained with other data: {' and '.join(changed)} changed",
+            "going on would repeat or leave out documents without a word",
+            "restore the data, choose another run_dir, or say --allow-changes",
+        )
+    rows = state.samples_seen // max(state.step, 1)
+    if rows != session.geometry.global_batch_size:
+        raise ConfigError(
+            f"{path} was trained with {rows} rows a step, not {session.geometry.global_batch_size}",
+            "the order of the rows would change",
+            f"set train.global_batch_size={rows}, or say --allow-changes",
+        )

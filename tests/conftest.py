@@ -1,0 +1,76 @@
+"""Shared material: a small real-looking corpus, a tiny model's config, and runs in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+WORDS = "the a def class return import self value name data list of to in is not and for with from".split()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 documents of very different lengths, so that ranks get uneven numbers of targets."""
+    rng = random.Random(7)
+    path = tmp_path_factory.mktemp("corpus") / "train.jsonl"
+    with path.open("w") as file:
+        for i in range(400):
+            words = [rng.choice(WORDS) + rng.choice(["", "s", "_" + str(rng.randrange(99))]) for _ in range(rng.randrange(3, 160))]
+            file.write(json.dumps({"text": f"document {i}: " + " ".join(words)}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def store_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stores")
+
+
+def tiny(corpus: Path, store_dir: Path, run_dir: Path, **train: object) -> dict[str, object]:
+    """A config whose run takes seconds: 2 layers of 32, rows of 64 tokens."""
+    return {
+        "recipe": "pretrain",
+        "run_dir": str(run_dir),
+        "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 64, "max_seq_len": 64},
+        "tokenizer": {"vocab_size": 384},
+        "data": {"train": [str(corpus)], "val_ratio": 0.05, "store_dir": str(store_dir)},
+        "train": {"total_steps": 20, "seq_len": 64, "global_batch_size": 8, "micro_batch_size": 2, "num_threads": 1, **train},
+        "optim": {"lr": 3e-3},
+        "schedule": {"warmup_steps": 4},
+        "checkpoint": {"save_every": 10},
+        "eval": {"every": 10, "max_new_tokens": 8, "num_samples": 1},
+    }
+
+
+def write_config(path: Path, config: dict[str, object]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def run_cli(*arguments: object, timeout: float = 300, check: int | None = 0, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run `trainway` as a user would; `check` is the exit code it must end with."""
+    done = subprocess.run(
+        [sys.executable, "-m", "trainway", *map(str, arguments)],
+        capture_output=True, text=True, timeout=timeout, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environ},
+    )  # fmt: skip
+    if check is not None:
+        assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def metrics(run_dir: Path, key: str = "train/loss") -> list[dict[str, object]]:
+    """The records of metrics.jsonl that hold `key`."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if key in record]
+
+
+def stream(run_dir: Path) -> list[tuple[object, ...]]:
+    """What must be bit-identical after any interruption."""
+    return [(r["step"], r["samples"], r["train/loss"], r["optim/grad_norm"]) for r in metrics(run_dir)]

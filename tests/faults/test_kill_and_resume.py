@@ -1,0 +1,190 @@
+"""What dies goes on exactly where it was: kill -9 at random moments, signals, and a change of the number of ranks."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import metrics, run_cli, stream, tiny, write_config
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, corpus: Path, store_dir: Path) -> Path:
+    """The uninterrupted run."""
+    root = tmp_path_factory.mktemp("straight")
+    run_cli("train", config_file(root, corpus, store_dir))
+    return root / "run"
+
+
+def config_file(root: Path, corpus: Path, store_dir: Path, **train: object) -> Path:
+    config = tiny(corpus, store_dir, root / "run", total_steps=STEPS, **train)
+    config["checkpoint"] = {"save_every": 7, "keep_last": 2}
+    config["eval"] = {"every": 20, "num_samples": 0}
+    return write_config(root / "config.yaml", config)
+
+
+def launch(config: Path, *arguments: str, **environ: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "trainway", "train", str(config), *arguments]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environ}
+    log = (config.parent / "launch.log").open("ab")
+    return subprocess.Popen(command, start_new_session=True, env=env, stdout=log, stderr=log)
+
+
+def wait_for(condition, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    """Wait until the condition holds or the process has ended."""
+    end = time.monotonic() + seconds
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.001)
+
+
+def steps_logged(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b'"samples"') if path.exists() else 0
+
+
+def kill_many(root: Path, config: Path, kills: int, in_saves: int, *arguments: str) -> None:
+    """Kill the run `kills` times, `in_saves` of them while a checkpoint is being written; then let it finish."""
+    rng = random.Random(11)
+    moments = ["save"] * in_saves + ["any"] * (kills - in_saves)
+    rng.shuffle(moments)
+    killed_in_save = 0
+    for number, moment in enumerate(moments):
+        process = launch(config, *arguments)
+        before = steps_logged(root / "run")
+        # Progress of a few steps each time, so that all kills happen before the run is over.
+        target = before + rng.randrange(1, 4)
+        if moment == "save":
+            wait_for(lambda: any((root / "run/checkpoints").glob("*.tmp-*")), process)
+            killed_in_save += any((root / "run/checkpoints").glob("*.tmp-*"))
+        else:
+            wait_for(lambda t=target: steps_logged(root / "run") >= t, process)
+            time.sleep(rng.random() * 0.02)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    run_cli("train", config, *arguments)
+
+
+@pytest.mark.parametrize(("kills", "in_saves"), [(4, 2), pytest.param(20, 5, marks=pytest.mark.slow)])
+def test_killed_run_is_bit_identical(straight: Path, tmp_path: Path, corpus: Path, store_dir: Path, kills: int, in_saves: int) -> None:
+    config = config_file(tmp_path, corpus, store_dir)
+    kill_many(tmp_path, config, kills, in_saves)
+    assert stream(tmp_path / "run") == stream(straight)
+    weights = "checkpoints/latest/model/model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (straight / weights).read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_ddp_run_is_bit_identical(tmp_path: Path, corpus: Path, store_dir: Path) -> None:
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    run_cli("train", config_file(tmp_path / "a", corpus, store_dir), "--nproc", "2")
+    config = config_file(tmp_path / "b", corpus, store_dir)
+    for _ in range(4):
+        process = launch(config, "--nproc", "2")
+        before = steps_logged(tmp_path / "b/run")
+        wait_for(lambda b=before: steps_logged(tmp_path / "b/run") >= b + 5, process)
+        for pid in _descendants(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+    run_cli("train", config, "--nproc", "2")
+    assert stream(tmp_path / "b/run") == stream(tmp_path / "a/run")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_signal_saves_and_exits_75(
+    straight: Path, tmp_path: Path, corpus: Path, store_dir: Path, name: str, nproc: int
+) -> None:
+    config = config_file(tmp_path, corpus, store_dir)
+    process = launch(config, "--nproc", str(nproc))
+    wait_for(lambda: steps_logged(tmp_path / "run") >= 10, process)
+    process.send_signal(getattr(signal, name))
+    assert process.wait(60) == 75
+    done = steps_logged(tmp_path / "run")
+    assert 10 <= done < STEPS
+    assert (tmp_path / f"run/checkpoints/step-{done}").is_dir()
+    run_cli("train", config)  # on one process, whatever it was before
+    assert [row[:2] for row in stream(tmp_path / "run")] == [row[:2] for row in stream(straight)]
+    if nproc == 1:
+        assert stream(tmp_path / "run") == stream(straight)
+
+
+def test_ranks_2_1_2_keep_the_order_of_samples(straight: Path, tmp_path: Path, corpus: Path, store_dir: Path) -> None:
+    config = config_file(tmp_path, corpus, store_dir)
+    for nproc, stop_at in ((2, 15), (1, 35)):
+        process = launch(config, "--nproc", str(nproc))
+        wait_for(lambda s=stop_at: steps_logged(tmp_path / "run") >= s, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75
+    run_cli("train", config, "--nproc", "2")
+    for a, b in zip(stream(tmp_path / "run"), stream(straight), strict=True):
+        assert a[:2] == b[:2]
+        assert a[2] == pytest.approx(b[2], rel=1e-5)
+
+
+def test_resume_from_an_earlier_step_repeats_it(straight: Path, tmp_path: Path, corpus: Path, store_dir: Path) -> None:
+    shutil.copytree(straight, tmp_path / "run", symlinks=True)
+    config = config_file(tmp_path, corpus, store_dir)
+    step = min(int(p.name.split("-")[1]) for p in (tmp_path / "run/checkpoints").glob("step-*") if not p.is_symlink())
+    run_cli("train", config, "--resume", step)
+    assert stream(tmp_path / "run") == stream(straight)
+
+
+def test_unknown_step_lists_those_that_exist(straight: Path, tmp_path: Path, corpus: Path, store_dir: Path) -> None:
+    shutil.copytree(straight, tmp_path / "run", symlinks=True)
+    done = run_cli("train", config_file(tmp_path, corpus, store_dir), "--resume", "3", check=2)
+    assert "60" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_flipped_bit_falls_back_to_the_checkpoint_before(straight: Path, tmp_path: Path, corpus: Path, store_dir: Path) -> None:
+    config = config_file(tmp_path, corpus, store_dir)
+    process = launch(config)
+    wait_for(lambda: (tmp_path / "run/checkpoints/step-14").is_dir(), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    newest = max((tmp_path / "run/checkpoints").glob("step-*"), key=lambda p: int(p.name.split("-")[1]))
+    weights = newest / "model/model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-9] ^= 1
+    weights.write_bytes(data)
+    listing = run_cli("checkpoints", tmp_path / "run", "--verify", check=3)
+    assert "model.safetensors" in listing.stdout + listing.stderr
+    done = run_cli("train", config)
+    assert "damaged" in done.stderr
+    assert stream(tmp_path / "run") == stream(straight)
+
+
+def test_second_launch_is_refused(tmp_path: Path, corpus: Path, store_dir: Path) -> None:
+    config = config_file(tmp_path, corpus, store_dir)
+    first = launch(config)
+    wait_for(lambda: steps_logged(tmp_path / "run") >= 1, first)
+    second = run_cli("train", config, check=4)
+    assert str(first.pid) in second.stderr
+    first.kill()
+    first.wait()
+    assert metrics(tmp_path / "run")
+
+
+def test_changed_setting_is_refused_with_the_difference(straight: Path, tmp_path: Path, corpus: Path, store_dir: Path) -> None:
+    shutil.copytree(straight, tmp_path / "run", symlinks=True)
+    config = config_file(tmp_path, corpus, store_dir)
+    done = run_cli("train", config, "optim.lr=1e-3", "--resume", 56, check=2)
+    assert "optim.lr: 0.003 -> 0.001" in done.stderr
+
+
+def _descendants(pid: int) -> list[int]:
+    import psutil
+
+    process = psutil.Process(pid)
+    return [child.pid for child in process.children(recursive=True)] + [pid]

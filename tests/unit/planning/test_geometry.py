@@ -1,0 +1,107 @@
+"""Batches, steps and epochs from a configuration and a number of ranks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from trainway.config.schema import RunConfig
+from trainway.errors import ConfigError
+from trainway.planning.geometry import describe_plan, planned_ranks, planned_vocab_size, resolve_geometry
+
+
+def config(**train: object) -> RunConfig:
+    train = {"epochs": 1} | train if "total_steps" not in train else train
+    return RunConfig.model_validate(
+        {"train": {"micro_batch_size": 8, "seq_len": 512, **train}, "schedule": {"warmup_steps": 0}}
+    )
+
+
+def test_the_global_batch_decides_the_accumulation() -> None:
+    geometry = resolve_geometry(config(global_batch_size=128, total_steps=10), 4)
+    assert (geometry.grad_accum_steps, geometry.global_batch_size, geometry.tokens_per_step) == (
+        4,
+        128,
+        65536,
+    )
+    assert (geometry.world_size, geometry.micro_batch_size, geometry.seq_len) == (4, 8, 512)
+    assert (geometry.total_steps, geometry.steps_per_epoch, geometry.epochs) == (10, None, None)
+
+
+def test_the_accumulation_decides_the_global_batch() -> None:
+    assert resolve_geometry(config(grad_accum_steps=3), 2).global_batch_size == 48
+    assert resolve_geometry(config(), 2).global_batch_size == 16
+
+
+def test_a_batch_that_does_not_divide_names_those_that_do() -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_geometry(config(global_batch_size=100), 4)
+    assert "100 is not divisible by 8 rows x 4 ranks" in caught.value.what
+    assert "train.global_batch_size=96 or 128" in caught.value.fix
+    with pytest.raises(ConfigError) as caught:
+        resolve_geometry(config(global_batch_size=4), 1)
+    assert "train.global_batch_size=8," in caught.value.fix
+
+
+def test_batch_and_accumulation_must_agree() -> None:
+    assert resolve_geometry(config(global_batch_size=64, grad_accum_steps=4), 2).grad_accum_steps == 4
+    with pytest.raises(ConfigError, match="disagrees") as caught:
+        resolve_geometry(config(global_batch_size=64, grad_accum_steps=4), 1)
+    assert caught.value.why == "8 rows x 4 x 1 ranks = 32"
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(256, 1102), (128, 2203), (64, 4406)])
+def test_steps_follow_from_rows(batch: int, steps: int) -> None:
+    # X4: 282K rows
+    geometry = resolve_geometry(config(global_batch_size=batch), 8, 282_000)
+    assert (geometry.steps_per_epoch, geometry.total_steps, geometry.epochs) == (steps, steps, 1)
+    assert resolve_geometry(config(global_batch_size=batch, epochs=2), 8, 282_000).total_steps == round(
+        564_000 / batch
+    )
+
+
+def test_epochs_follow_from_steps() -> None:
+    geometry = resolve_geometry(config(total_steps=100), 1, 400)
+    assert (geometry.steps_per_epoch, geometry.epochs) == (50, 2.0)
+    assert resolve_geometry(config(epochs=0.5), 1, 3).total_steps == 1
+    assert resolve_geometry(config(), 1).total_steps is None
+
+
+def test_what_cannot_be_a_run() -> None:
+    for ranks, rows, what in ((0, None, "number of ranks"), (1, 0, "no rows")):
+        with pytest.raises(ConfigError, match=what):
+            resolve_geometry(config(), ranks, rows)
+    short = RunConfig.model_validate({"train": {"epochs": 1}, "schedule": {"warmup_steps": 50}})
+    with pytest.raises(ConfigError) as caught:
+        resolve_geometry(short, 1, 240)
+    assert caught.value.why == "the run has only 30 steps of 8 rows"
+    assert caught.value.fix.startswith("set schedule.warmup_steps=3")
+
+
+def test_a_plan_is_plain_json() -> None:
+    run = config(total_steps=10, grad_accum_steps=2)
+    plan = describe_plan(run, 2, 1024)
+    assert json.loads(json.dumps(plan)) == plan
+    assert plan["geometry"]["global_batch_size"] == 32
+    assert plan["total_tokens"] == 10 * 32 * 512
+    # 6 blocks of 4 x 256^2 + 3 x 256 x 704 + 2 x 256, one norm, one tied matrix
+    assert plan["parameters"] == {"total": 6 * 803_328 + 256 + 1024 * 256, "embedding": 1024 * 256}
+    assert plan["flops_per_token"] == 6 * (6 * 802_816 + 1024 * 256) + 12 * 6 * 256 * 512
+    memory = plan["memory_bytes"]
+    assert memory["weights"] == plan["parameters"]["total"] * 4
+    assert memory["total"] == sum(value for key, value in memory.items() if key != "total")
+
+
+def test_the_vocabulary_as_far_as_it_is_known() -> None:
+    assert planned_vocab_size(RunConfig.model_validate({"tokenizer": {"vocab_size": 1000}})) == 1024
+    assert planned_vocab_size(RunConfig.model_validate({"model": {"vocab_size": 1000}})) == 1000
+    unknown = RunConfig.model_validate({"tokenizer": {"path": "tok"}, "train": {"total_steps": 500}})
+    assert planned_vocab_size(unknown) is None
+    assert describe_plan(unknown)["parameters"] is None
+    assert describe_plan(unknown, vocab_size=512)["parameters"]["embedding"] == 512 * 256
+
+
+def test_planned_ranks() -> None:
+    assert planned_ranks(RunConfig()) == 1
+    assert planned_ranks(RunConfig.model_validate({"engine": {"nproc": 3}})) == 3

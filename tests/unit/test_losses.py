@@ -1,0 +1,99 @@
+"""The chunked cross-entropy against torch's own, values and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from trainway.losses import IGNORE_INDEX, linear_cross_entropy, token_nll
+
+
+def _case(rows=37, width=16, vocab=53, dtype=torch.float32, ignored=True):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, width, generator=generator, dtype=dtype)
+    weight = torch.randn(vocab, width, generator=generator, dtype=dtype)
+    labels = torch.randint(vocab, (rows,), generator=generator)
+    if ignored:
+        labels[::5] = IGNORE_INDEX
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 1000])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_equals_cross_entropy_with_gradients(chunk, ignored):
+    hidden, weight, labels = _case(ignored=ignored)
+    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    theirs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    loss = linear_cross_entropy(*ours, labels, chunk)
+    expected = F.cross_entropy(theirs[0] @ theirs[1].T, labels, reduction="sum", ignore_index=IGNORE_INDEX)
+    (loss / 7).backward()
+    (expected / 7).backward()
+    assert loss.dtype == torch.float32 and loss.ndim == 0
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_gradcheck():
+    hidden, weight, labels = _case(rows=7, width=4, vocab=6, dtype=torch.float64)
+    inputs = hidden.requires_grad_(), weight.requires_grad_()
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, labels, 3), inputs)
+
+
+def test_autocast_matches_half_precision_gemms():
+    hidden, weight, labels = _case(rows=64, width=64, vocab=200)
+    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    theirs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(*ours, labels, 16)
+        logits = F.linear(*theirs)
+    expected = F.cross_entropy(logits.float(), labels, reduction="sum")
+    loss.backward()
+    expected.backward()
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.grad.dtype == torch.float32
+        assert (a.grad - b.grad).norm() < 1e-2 * b.grad.norm()
+
+
+def test_frozen_head_and_frozen_hidden():
+    hidden, weight, labels = _case()
+    trained = hidden.clone().requires_grad_()
+    linear_cross_entropy(trained, weight, labels, 8).backward()
+    assert trained.grad is not None and weight.grad is None
+    head = weight.clone().requires_grad_()
+    linear_cross_entropy(hidden, head, labels, 8).backward()
+    assert head.grad is not None and hidden.grad is None
+    with torch.no_grad():
+        assert not linear_cross_entropy(trained, head, labels, 8).requires_grad
+
+
+def test_no_targets_is_zero_with_zero_gradients():
+    hidden, weight, labels = _case()
+    hidden.requires_grad_(), weight.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(labels, IGNORE_INDEX), 8)
+    loss.backward()
+    assert loss.item() == 0.0 and not hidden.grad.any() and not weight.grad.any()
+
+
+def test_backward_leaves_the_gradients_usable_twice():
+    hidden, weight, labels = _case()
+    hidden.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, labels, 8)
+    (first,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    (second,) = torch.autograd.grad(loss * 2, hidden)
+    torch.testing.assert_close(second, 2 * first)
+
+
+def test_large_logits_stay_finite():
+    hidden, weight, labels = torch.full((2, 1), 1e3), torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 1])
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, 8), torch.tensor(2e3))
+
+
+def test_token_nll_sums_to_the_loss():
+    hidden, weight, labels = _case()
+    per_token = token_nll(hidden, weight, labels, 8)
+    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="none", ignore_index=IGNORE_INDEX)
+    torch.testing.assert_close(per_token, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(per_token.sum(), linear_cross_entropy(hidden, weight, labels, 8))
+    assert token_nll(hidden[:0], weight, labels[:0], 8).shape == (0,)
