@@ -33,14 +33,19 @@ Face users know (`block_size`). An unknown key is an error that names the neares
 
 def render() -> str:
     schema = config_schema()
-    sections = {"": schema, **{name: _resolve(schema, p) for name, p in schema["properties"].items() if _is_section(schema, p)}}
+    sections = {
+        "": schema,
+        **{name: _resolve(schema, p) for name, p in schema["properties"].items() if _is_section(schema, p)},
+    }
     parts = [OPENING]
     for name, section in sections.items():
         parts.append(f"\n## {name or 'The run'}\n\n{section.get('description', '').splitlines()[0]}\n")
         parts.append("| key | default | meaning |\n|---|---|---|")
         for key, value in section["properties"].items():
             if not _is_section(schema, value):
-                parts.append(f"| `{name + '.' if name else ''}{key}` | {_default(value)} | {_meaning(value)} |")
+                parts.append(
+                    f"| `{name + '.' if name else ''}{key}` | {_default(value)} | {_meaning(value)} |"
+                )
     return "\n".join(parts) + "\n"
 
 
@@ -66,5 +71,9 @@ def _meaning(value: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     if "--check" in sys.argv:
-        sys.exit(0 if PAGE.exists() and PAGE.read_text() == render() else "docs/config.md is out of date: run this script")
+        sys.exit(
+            0
+            if PAGE.exists() and PAGE.read_text() == render()
+            else "docs/config.md is out of date: run this script"
+        )
     PAGE.write_text(render())

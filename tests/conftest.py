@@ -22,7 +22,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "train.jsonl"
     with path.open("w") as file:
         for i in range(400):
-            words = [rng.choice(WORDS) + rng.choice(["", "s", "_" + str(rng.randrange(99))]) for _ in range(rng.randrange(3, 160))]
+            words = [
+                rng.choice(WORDS) + rng.choice(["", "s", "_" + str(rng.randrange(99))])
+                for _ in range(rng.randrange(3, 160))
+            ]
             file.write(json.dumps({"text": f"document {i}: " + " ".join(words)}) + "\n")
     return path
 
@@ -37,10 +40,24 @@ def tiny(corpus: Path, store_dir: Path, run_dir: Path, **train: object) -> dict[
     return {
         "recipe": "pretrain",
         "run_dir": str(run_dir),
-        "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 64, "max_seq_len": 64},
+        "model": {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "intermediate_size": 64,
+            "max_seq_len": 64,
+        },
         "tokenizer": {"vocab_size": 384},
         "data": {"train": [str(corpus)], "val_ratio": 0.05, "store_dir": str(store_dir)},
-        "train": {"total_steps": 20, "seq_len": 64, "global_batch_size": 8, "micro_batch_size": 2, "num_threads": 1, **train},
+        "train": {
+            "total_steps": 20,
+            "seq_len": 64,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "num_threads": 1,
+            **train,
+        },
         "optim": {"lr": 3e-3},
         "schedule": {"warmup_steps": 4},
         "checkpoint": {"save_every": 10},
@@ -54,7 +71,9 @@ def write_config(path: Path, config: dict[str, object]) -> Path:
     return path
 
 
-def run_cli(*arguments: object, timeout: float = 300, check: int | None = 0, **environ: str) -> subprocess.CompletedProcess[str]:
+def run_cli(
+    *arguments: object, timeout: float = 300, check: int | None = 0, **environ: str
+) -> subprocess.CompletedProcess[str]:
     """Run `trainway` as a user would; `check` is the exit code it must end with."""
     done = subprocess.run(
         [sys.executable, "-m", "trainway", *map(str, arguments)],

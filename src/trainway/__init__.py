@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainway.config.load import load_config
     from trainway.data.prepare import prepare
+    from trainway.launch.local import train_here as train
     from trainway.planning.geometry import describe_plan as plan
     from trainway.recipes.evaluation import evaluate
-    from trainway.recipes.pretrain import pretrain as train
     from trainway.release.bundle import export
 
 __version__ = "0.1.0"
@@ -22,7 +22,7 @@ _HOMES = {
     "load_config": ("trainway.config.load", "load_config"),
     "plan": ("trainway.planning.geometry", "describe_plan"),
     "prepare": ("trainway.data.prepare", "prepare"),
-    "train": ("trainway.recipes.pretrain", "pretrain"),
+    "train": ("trainway.launch.local", "train_here"),
     "evaluate": ("trainway.recipes.evaluation", "evaluate"),
     "export": ("trainway.release.bundle", "export"),
 }

@@ -53,6 +53,10 @@ class EnvironmentFault(UserError):
     code = ExitCode.ENVIRONMENT
 
 
+class PeerFailed(Exception):
+    """Another rank failed and says why; this one ends without a word."""
+
+
 class Stopped(Exception):
     """Training stopped on request with a checkpoint saved (exit code 75)."""
 

@@ -9,7 +9,20 @@ from pathlib import Path
 
 logger = logging.getLogger("trainway")
 
-STAGES = ("STEP", "DDP", "DATA", "MODEL", "TRAIN", "EVAL", "EPOCH", "SAVE", "RESULT", "DONE", "COLLATE", "BATCH")
+STAGES = (
+    "STEP",
+    "DDP",
+    "DATA",
+    "MODEL",
+    "TRAIN",
+    "EVAL",
+    "EPOCH",
+    "SAVE",
+    "RESULT",
+    "DONE",
+    "COLLATE",
+    "BATCH",
+)
 
 
 def stage(tag: str, message: str, *, level: int = logging.INFO) -> None:

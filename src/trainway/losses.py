@@ -98,7 +98,9 @@ def _gemm_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, torc
 
 
 def _chunks(labels: Tensor, chunk_tokens: int) -> list[tuple[int, Tensor]]:
-    return [(start, labels[start : start + chunk_tokens]) for start in range(0, labels.shape[0], chunk_tokens)]
+    return [
+        (start, labels[start : start + chunk_tokens]) for start in range(0, labels.shape[0], chunk_tokens)
+    ]
 
 
 def _logit_buffer(rows: Tensor, weight: Tensor, chunk_tokens: int) -> Tensor:

@@ -25,12 +25,18 @@ def build_optimizers(
     """
     trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
     if not trainable:
-        raise ConfigError("no parameter is trainable", "an optimiser needs at least one", "unfreeze part of the model")
+        raise ConfigError(
+            "no parameter is trainable", "an optimiser needs at least one", "unfreeze part of the model"
+        )
     by_muon = [p for name, p in trainable if config.name == "muon" and _is_block_matrix(name, p)]
     taken = {id(p) for p in by_muon}
     rest = [p for _, p in trainable if id(p) not in taken]
     groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay, "peak_lr": config.lr},
+        {
+            "params": [p for p in rest if p.ndim >= 2],
+            "weight_decay": config.weight_decay,
+            "peak_lr": config.lr,
+        },
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "peak_lr": config.lr},
     ]
     optimizers: list[torch.optim.Optimizer] = []
@@ -39,7 +45,9 @@ def build_optimizers(
         optimizers.append(Muon([muon], config.muon_lr, config.muon_momentum, config.muon_weight_decay))
     if rest:
         used = [group for group in groups if group["params"]]
-        optimizers.append(torch.optim.AdamW(used, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
+        optimizers.append(
+            torch.optim.AdamW(used, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        )
     return optimizers
 
 
@@ -71,7 +79,9 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        assert all(p.ndim == 2 for group in self.param_groups for p in group["params"]), "Muon takes matrices only"
+        assert all(p.ndim == 2 for group in self.param_groups for p in group["params"]), (
+            "Muon takes matrices only"
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

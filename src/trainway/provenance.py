@@ -64,10 +64,14 @@ def mask_secrets(argv: Sequence[str]) -> list[str]:
 
 
 # A setting whose last word is a secret's name: hf_token=, --wandb.api-key=. Not max_tokens=, not tokenizer.path=.
-_SECRET_NAME = r"[\w.\-]*(?:token|secret|passw(?:or)?d|passphrase|credentials?|apikey|(?<![a-z])key|authorization)"
+_SECRET_NAME = (
+    r"[\w.\-]*(?:token|secret|passw(?:or)?d|passphrase|credentials?|apikey|(?<![a-z])key|authorization)"
+)
 _FLAG = re.compile(rf"--?{_SECRET_NAME}", re.IGNORECASE)
 _SETTING = re.compile(rf"(-{{0,2}}{_SECRET_NAME}=).+", re.IGNORECASE | re.DOTALL)
-_INSIDE = re.compile(rf"""((?<![\w.\-]){_SECRET_NAME}["']?\s*[:=]\s*)("[^"]*"|'[^']*'|[^\s,}}]+)""", re.IGNORECASE)
+_INSIDE = re.compile(
+    rf"""((?<![\w.\-]){_SECRET_NAME}["']?\s*[:=]\s*)("[^"]*"|'[^']*'|[^\s,}}]+)""", re.IGNORECASE
+)
 _URL_LOGIN = re.compile(r"(://)[^/\s@]+@")
 _BEARER = re.compile(r"(bearer\s+)\S+", re.IGNORECASE)
 _KNOWN = re.compile(

@@ -15,7 +15,9 @@ OPTIMIZERS = ("adamw", "muon")
 
 
 @pytest.fixture(scope="module", params=OPTIMIZERS)
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, corpus: Path, store_dir: Path) -> dict[str, Path]:
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, corpus: Path, store_dir: Path
+) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("engines")
     done = {}
     for engine, nproc in ENGINES.items():

@@ -30,7 +30,9 @@ def test_loss_falls_and_metrics_are_whole(finished: Path) -> None:
     losses = metrics(finished)
     assert [r["step"] for r in losses] == list(range(1, 31))
     assert losses[-1]["train/loss"] < 0.8 * losses[0]["train/loss"]
-    assert losses[0]["train/loss"] == pytest.approx(math.log(384), rel=0.02)  # an untrained model knows nothing
+    assert losses[0]["train/loss"] == pytest.approx(
+        math.log(384), rel=0.02
+    )  # an untrained model knows nothing
     assert [r["step"] for r in metrics(finished, "val/loss")] == [0, 10, 20, 30]
     for record in losses:
         assert record["perf/tokens_per_s"] > 0
@@ -55,7 +57,15 @@ def test_tensorboard_reads_what_was_logged(finished: Path) -> None:
 
 
 def test_run_directory_holds_what_the_contract_says(finished: Path) -> None:
-    for name in ("config.yaml", "metrics.jsonl", "log.txt", "samples.jsonl", "report.json", "provenance.json", "tensorboard"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "log.txt",
+        "samples.jsonl",
+        "report.json",
+        "provenance.json",
+        "tensorboard",
+    ):
         assert (finished / name).exists(), name
     report = json.loads((finished / "report.json").read_text())
     assert report["world_size"] == 1 and report["steps"] == 30
@@ -66,7 +76,10 @@ def test_run_directory_holds_what_the_contract_says(finished: Path) -> None:
     assert [s["step"] for s in samples] == [0, 10, 20, 30]
     assert all(s["prompt"] == "document 7: the " for s in samples)
     log = (finished / "log.txt").read_text()
-    assert all(tag in log for tag in ("[DATA]", "[MODEL]", "[STEP]", "[TRAIN]", "[EVAL]", "[SAVE]", "[RESULT]", "[DONE]"))
+    assert all(
+        tag in log
+        for tag in ("[DATA]", "[MODEL]", "[STEP]", "[TRAIN]", "[EVAL]", "[SAVE]", "[RESULT]", "[DONE]")
+    )
 
 
 def test_export_loads_in_transformers_with_the_trained_logits(finished: Path, tmp_path: Path) -> None:
@@ -77,7 +90,9 @@ def test_export_loads_in_transformers_with_the_trained_logits(finished: Path, tm
     run_cli("export", finished, "--out", tmp_path / "model", "--which", "latest")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    ids = tokenizer("document 7: the name of class", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    ids = tokenizer("document 7: the name of class", return_tensors="pt", add_special_tokens=False)[
+        "input_ids"
+    ]
 
     config = load_config(finished / "config.yaml").config
     trained = build_model(config.model, loaded.config.vocab_size, seed=1)
@@ -98,7 +113,9 @@ def test_eval_of_the_export_gives_the_runs_validation_loss(finished: Path) -> No
 def test_eval_on_a_file_and_generate(finished: Path, corpus: Path) -> None:
     result = json.loads(run_cli("eval", finished, "--data", corpus, "--json").stdout)
     assert 0 < result["val/loss"] < math.log(384)
-    once, again = (run_cli("generate", finished, "document 7:", "--max-new-tokens", 12).stdout for _ in range(2))
+    once, again = (
+        run_cli("generate", finished, "document 7:", "--max-new-tokens", 12).stdout for _ in range(2)
+    )
     assert once == again and once.startswith("document 7:") and len(once) > len("document 7:\n")
 
 
@@ -118,10 +135,16 @@ def test_runs_and_checkpoints_list_it(finished: Path) -> None:
     assert all(c["problems"] == [] for c in found)
 
 
-def test_default_name_tells_model_method_and_settings_and_is_found_again(tmp_path: Path, corpus: Path, store_dir: Path) -> None:
+def test_default_name_tells_model_method_and_settings_and_is_found_again(
+    tmp_path: Path, corpus: Path, store_dir: Path
+) -> None:
     config = tiny(corpus, store_dir, tmp_path, total_steps=6)
     del config["run_dir"]
-    config |= {"runs_dir": str(tmp_path / "runs"), "checkpoint": {"save_every": 3}, "schedule": {"warmup_steps": 2}}
+    config |= {
+        "runs_dir": str(tmp_path / "runs"),
+        "checkpoint": {"save_every": 3},
+        "schedule": {"warmup_steps": 2},
+    }
     path = write_config(tmp_path / "c.yaml", config)
     run_cli("train", path)
     (run,) = (tmp_path / "runs").iterdir()
@@ -131,8 +154,12 @@ def test_default_name_tells_model_method_and_settings_and_is_found_again(tmp_pat
 
 
 @pytest.mark.parametrize("architecture", ["qwen3"])
-def test_other_architecture_by_one_word(tmp_path: Path, corpus: Path, store_dir: Path, architecture: str) -> None:
-    config = tiny(corpus, store_dir, tmp_path / "run", total_steps=10, activation_checkpointing="full", precision="bf16")
+def test_other_architecture_by_one_word(
+    tmp_path: Path, corpus: Path, store_dir: Path, architecture: str
+) -> None:
+    config = tiny(
+        corpus, store_dir, tmp_path / "run", total_steps=10, activation_checkpointing="full", precision="bf16"
+    )
     run_cli("train", write_config(tmp_path / "c.yaml", config), f"model.architecture={architecture}")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoints/latest/model")
     assert model.config.model_type == architecture
@@ -158,7 +185,9 @@ def test_bad_data_is_named_and_nothing_is_trained(tmp_path: Path, store_dir: Pat
     data = tmp_path / "data.jsonl"
     if content is not None:
         data.write_bytes(content)
-    done = run_cli("train", write_config(tmp_path / "c.yaml", tiny(data, store_dir, tmp_path / "run")), check=3)
+    done = run_cli(
+        "train", write_config(tmp_path / "c.yaml", tiny(data, store_dir, tmp_path / "run")), check=3
+    )
     assert named in done.stderr and "data.jsonl" in done.stderr
     assert len(done.stderr.splitlines()) <= 10 and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
@@ -167,7 +196,11 @@ def test_bad_data_is_named_and_nothing_is_trained(tmp_path: Path, store_dir: Pat
 def test_bom_crlf_and_gzip_are_read(tmp_path: Path, store_dir: Path, corpus: Path) -> None:
     text = corpus.read_bytes().replace(b"\n", b"\r\n")
     (tmp_path / "data.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + text))
-    plain = json.loads(run_cli("prepare", write_config(tmp_path / "a.yaml", tiny(corpus, store_dir, tmp_path / "a")), "--json").stdout)
+    plain = json.loads(
+        run_cli(
+            "prepare", write_config(tmp_path / "a.yaml", tiny(corpus, store_dir, tmp_path / "a")), "--json"
+        ).stdout
+    )
     zipped = write_config(tmp_path / "b.yaml", tiny(tmp_path / "data.jsonl.gz", store_dir, tmp_path / "b"))
     other = json.loads(run_cli("prepare", zipped, "--json").stdout)
     bins = [sorted(Path(p["store_dir"]).glob("*.bin")) for p in (plain, other)]
@@ -195,12 +228,18 @@ def test_impossible_settings_are_refused_before_training(
 
 def test_directory_in_place_of_a_file(tmp_path: Path, store_dir: Path) -> None:
     (tmp_path / "data.jsonl").mkdir()
-    done = run_cli("train", write_config(tmp_path / "c.yaml", tiny(tmp_path / "data.jsonl", store_dir, tmp_path / "run")), check=3)
+    done = run_cli(
+        "train",
+        write_config(tmp_path / "c.yaml", tiny(tmp_path / "data.jsonl", store_dir, tmp_path / "run")),
+        check=3,
+    )
     assert "data.jsonl" in done.stderr
 
 
 def test_nan_steps_are_left_out_and_bounded(tmp_path: Path, corpus: Path, store_dir: Path) -> None:
-    config = tiny(corpus, store_dir, tmp_path / "run", precision="fp16", max_skipped_steps=3, max_grad_norm=0.0)
+    config = tiny(
+        corpus, store_dir, tmp_path / "run", precision="fp16", max_skipped_steps=3, max_grad_norm=0.0
+    )
     config["optim"] = {"lr": 1e30}
     done = run_cli("train", write_config(tmp_path / "c.yaml", config), check=2)
     assert "left out" in done.stderr and "optim.lr" in done.stderr

@@ -77,7 +77,9 @@ def kill_many(root: Path, config: Path, kills: int, in_saves: int, *arguments: s
 
 
 @pytest.mark.parametrize(("kills", "in_saves"), [(4, 2), pytest.param(20, 5, marks=pytest.mark.slow)])
-def test_killed_run_is_bit_identical(straight: Path, tmp_path: Path, corpus: Path, store_dir: Path, kills: int, in_saves: int) -> None:
+def test_killed_run_is_bit_identical(
+    straight: Path, tmp_path: Path, corpus: Path, store_dir: Path, kills: int, in_saves: int
+) -> None:
     config = config_file(tmp_path, corpus, store_dir)
     kill_many(tmp_path, config, kills, in_saves)
     assert stream(tmp_path / "run") == stream(straight)
@@ -120,7 +122,9 @@ def test_signal_saves_and_exits_75(
         assert stream(tmp_path / "run") == stream(straight)
 
 
-def test_ranks_2_1_2_keep_the_order_of_samples(straight: Path, tmp_path: Path, corpus: Path, store_dir: Path) -> None:
+def test_ranks_2_1_2_keep_the_order_of_samples(
+    straight: Path, tmp_path: Path, corpus: Path, store_dir: Path
+) -> None:
     config = config_file(tmp_path, corpus, store_dir)
     for nproc, stop_at in ((2, 15), (1, 35)):
         process = launch(config, "--nproc", str(nproc))
@@ -133,21 +137,29 @@ def test_ranks_2_1_2_keep_the_order_of_samples(straight: Path, tmp_path: Path, c
         assert a[2] == pytest.approx(b[2], rel=1e-5)
 
 
-def test_resume_from_an_earlier_step_repeats_it(straight: Path, tmp_path: Path, corpus: Path, store_dir: Path) -> None:
+def test_resume_from_an_earlier_step_repeats_it(
+    straight: Path, tmp_path: Path, corpus: Path, store_dir: Path
+) -> None:
     shutil.copytree(straight, tmp_path / "run", symlinks=True)
     config = config_file(tmp_path, corpus, store_dir)
-    step = min(int(p.name.split("-")[1]) for p in (tmp_path / "run/checkpoints").glob("step-*") if not p.is_symlink())
+    step = min(
+        int(p.name.split("-")[1]) for p in (tmp_path / "run/checkpoints").glob("step-*") if not p.is_symlink()
+    )
     run_cli("train", config, "--resume", step)
     assert stream(tmp_path / "run") == stream(straight)
 
 
-def test_unknown_step_lists_those_that_exist(straight: Path, tmp_path: Path, corpus: Path, store_dir: Path) -> None:
+def test_unknown_step_lists_those_that_exist(
+    straight: Path, tmp_path: Path, corpus: Path, store_dir: Path
+) -> None:
     shutil.copytree(straight, tmp_path / "run", symlinks=True)
     done = run_cli("train", config_file(tmp_path, corpus, store_dir), "--resume", "3", check=2)
     assert "60" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_flipped_bit_falls_back_to_the_checkpoint_before(straight: Path, tmp_path: Path, corpus: Path, store_dir: Path) -> None:
+def test_flipped_bit_falls_back_to_the_checkpoint_before(
+    straight: Path, tmp_path: Path, corpus: Path, store_dir: Path
+) -> None:
     config = config_file(tmp_path, corpus, store_dir)
     process = launch(config)
     wait_for(lambda: (tmp_path / "run/checkpoints/step-14").is_dir(), process)
@@ -169,14 +181,18 @@ def test_second_launch_is_refused(tmp_path: Path, corpus: Path, store_dir: Path)
     config = config_file(tmp_path, corpus, store_dir)
     first = launch(config)
     wait_for(lambda: steps_logged(tmp_path / "run") >= 1, first)
+    first.send_signal(signal.SIGSTOP)  # it holds the lock for as long as we look
     second = run_cli("train", config, check=4)
     assert str(first.pid) in second.stderr
-    first.kill()
+    first.send_signal(signal.SIGKILL)
     first.wait()
-    assert metrics(tmp_path / "run")
+    run_cli("train", config)  # a dead holder's lock is free
+    assert len(metrics(tmp_path / "run")) == STEPS
 
 
-def test_changed_setting_is_refused_with_the_difference(straight: Path, tmp_path: Path, corpus: Path, store_dir: Path) -> None:
+def test_changed_setting_is_refused_with_the_difference(
+    straight: Path, tmp_path: Path, corpus: Path, store_dir: Path
+) -> None:
     shutil.copytree(straight, tmp_path / "run", symlinks=True)
     config = config_file(tmp_path, corpus, store_dir)
     done = run_cli("train", config, "optim.lr=1e-3", "--resume", 56, check=2)

@@ -78,7 +78,9 @@ def test_muon_state_is_per_parameter_and_reloads():
     assert all(muon.state[p]["momentum_buffer"].shape == p.shape for p in parameters)
     again = Muon(parameters, lr=0.1)
     again.load_state_dict(muon.state_dict())
-    assert torch.equal(again.state[parameters[1]]["momentum_buffer"], muon.state[parameters[1]]["momentum_buffer"])
+    assert torch.equal(
+        again.state[parameters[1]]["momentum_buffer"], muon.state[parameters[1]]["momentum_buffer"]
+    )
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e6])

@@ -35,7 +35,9 @@ def run_lock(run_dir: RunDir) -> Iterator[None]:
         yield
     finally:
         _held.discard(descriptor)
-        os.close(descriptor)  # the file stays: unlinking it would let two processes lock two files of one name
+        os.close(
+            descriptor
+        )  # the file stays: unlinking it would let two processes lock two files of one name
 
 
 def lock_holder(run_dir: RunDir) -> dict[str, Any] | None:

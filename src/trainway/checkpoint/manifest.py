@@ -39,7 +39,13 @@ def write_manifest(directory: Path, step: int, *, best: bool, info: dict[str, An
         for name, digest in zip(names, hashes, strict=True)
     ]
     # info as JSON gives it back (tuples are lists, keys are strings): the checksum is over what will be read
-    body = {"format": FORMAT, "step": step, "best": best, "info": json.loads(json.dumps(info)), "files": files}
+    body = {
+        "format": FORMAT,
+        "step": step,
+        "best": best,
+        "info": json.loads(json.dumps(info)),
+        "files": files,
+    }
     with open(directory / MANIFEST, "w", encoding="utf-8") as file:
         file.write(_text(body))
         file.flush()
@@ -62,7 +68,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         text = path.read_bytes().decode("utf-8")
         body = json.loads(text)
     except OSError as error:
-        raise _refuse(path, "missing" if isinstance(error, FileNotFoundError) else f"{error.strerror}") from error
+        raise _refuse(
+            path, "missing" if isinstance(error, FileNotFoundError) else f"{error.strerror}"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise _refuse(path, "altered: not JSON") from error
     if not isinstance(body, dict):

@@ -53,7 +53,12 @@ class CheckpointStore:
     # ---- writing
 
     def save(
-        self, step: int, write: Callable[[Path], None], *, best: bool = False, info: dict[str, Any] | None = None
+        self,
+        step: int,
+        write: Callable[[Path], None],
+        *,
+        best: bool = False,
+        info: dict[str, Any] | None = None,
     ) -> Path:
         """Save a checkpoint whose files `write` puts, in sub-directories if it likes, into the directory it is given.
 
@@ -81,7 +86,9 @@ class CheckpointStore:
         with self._write_faults(temp):
             write(temp)
 
-    def commit(self, step: int, temp: Path, *, best: bool = False, info: dict[str, Any] | None = None) -> Path:
+    def commit(
+        self, step: int, temp: Path, *, best: bool = False, info: dict[str, Any] | None = None
+    ) -> Path:
         """Publish a temporary directory (one rank, after a barrier: every rank's files are there). As `save`."""
         final = self.directory / _name(step)
         try:
@@ -145,7 +152,9 @@ class CheckpointStore:
                 found = [_step_of(entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)]
         except OSError as error:
             raise EnvironmentFault(
-                f"the checkpoints in {self.directory} cannot be listed", f"{error.strerror}", "check disk and permissions"
+                f"the checkpoints in {self.directory} cannot be listed",
+                f"{error.strerror}",
+                "check disk and permissions",
             ) from error
         return sorted(step for step in found if step is not None)
 
@@ -280,13 +289,17 @@ class CheckpointStore:
             raise ConfigError(f"no checkpoint {which!r}", self._what_exists(), "give latest, best or a step")
         step = self._link_target("best") if which == "best" else steps[-1] if steps else None
         if step is None:
-            raise ConfigError(f"no {which} checkpoint in {self.directory}", self._what_exists(), "give a step")
+            raise ConfigError(
+                f"no {which} checkpoint in {self.directory}", self._what_exists(), "give a step"
+            )
         return step
 
     def _existing(self, step: int) -> Path:
         if step not in self.steps():
             raise ConfigError(
-                f"no checkpoint of step {step} in {self.directory}", self._what_exists(), "choose one that exists"
+                f"no checkpoint of step {step} in {self.directory}",
+                self._what_exists(),
+                "choose one that exists",
             )
         return self.directory / _name(step)
 
@@ -363,7 +376,9 @@ def _info_or_none(path: Path) -> dict[str, Any] | None:
 
 
 def _size_bytes(path: Path) -> int:
-    return sum(os.lstat(os.path.join(folder, name)).st_size for folder, _, names in os.walk(path) for name in names)
+    return sum(
+        os.lstat(os.path.join(folder, name)).st_size for folder, _, names in os.walk(path) for name in names
+    )
 
 
 def _digest(problems: list[str]) -> str:

@@ -28,7 +28,9 @@ NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 # ---- model
 
 
-def write_model(model: Any, directory: Path, tokenizer: Any = None, *, max_shard_size: str = MAX_SHARD_SIZE) -> None:
+def write_model(
+    model: Any, directory: Path, tokenizer: Any = None, *, max_shard_size: str = MAX_SHARD_SIZE
+) -> None:
     """Write a transformers model, and its tokenizer, as a directory that `from_pretrained` loads.
 
     Tied weights are stored once; the configuration names the weights' dtype. Raises OSError of the disk.
@@ -79,7 +81,9 @@ def load_model(model: torch.nn.Module, directory: Path) -> None:
 # ---- tensors
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write named tensors from any device. Raises OSError of the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _disk_errors():
@@ -127,7 +131,9 @@ def read_optimizer(
     Raises DataError naming every parameter that is missing, unexpected or of another shape, and for a damaged file;
     the optimisers are untouched then.
     """
-    slots = {slot: (optimizer, parameter) for slot, optimizer, parameter in _slots(optimizers, named_parameters)}
+    slots = {
+        slot: (optimizer, parameter) for slot, optimizer, parameter in _slots(optimizers, named_parameters)
+    }
     layout = _read_layout(path)
     problems = [f"{slot} is missing" for slot in slots.keys() - layout.keys()]
     problems += [f"{slot} is unexpected" for slot in layout.keys() - slots.keys()]
@@ -222,7 +228,9 @@ def _refuse_problems(what: str, problems: list[str]) -> None:
     if problems:
         problems = sorted(problems)
         rest = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise DataError(what, "; ".join(problems[:8]) + rest, "check that model and checkpoint belong together")
+        raise DataError(
+            what, "; ".join(problems[:8]) + rest, "check that model and checkpoint belong together"
+        )
 
 
 # ---- optimiser slots
@@ -254,7 +262,9 @@ def _placed(
         if not (group.get("fused") or group.get("capturable")):
             device = torch.device("cpu")
     if tensor.shape == parameter.shape:
-        return torch.empty_like(parameter, dtype=tensor.dtype, device=device, requires_grad=False).copy_(tensor)
+        return torch.empty_like(parameter, dtype=tensor.dtype, device=device, requires_grad=False).copy_(
+            tensor
+        )
     return tensor.to(device, copy=True)
 
 

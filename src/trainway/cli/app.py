@@ -11,8 +11,8 @@ import typer
 
 from trainway import __version__
 from trainway.cli import config, data, model, quickstart, runs, train
-from trainway.cli.terminal import emit, print_error
-from trainway.errors import ExitCode, Stopped, UserError
+from trainway.cli.terminal import emit, is_main_rank, print_error
+from trainway.errors import ExitCode, PeerFailed, Stopped, UserError
 
 app = typer.Typer(
     name="trainway",
@@ -43,8 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _trace(debug)
         print_error(error)
         return error.code
+    except PeerFailed:
+        return ExitCode.INTERNAL
     except Stopped as stopped:
-        print(f"stopped: step {stopped.step} is saved; run the same command again to go on", file=sys.stderr)
+        if is_main_rank():
+            print(
+                f"stopped: step {stopped.step} is saved; run the same command again to go on", file=sys.stderr
+            )
         return ExitCode.STOPPED
     except typer.TyperException as error:
         if type(error).__name__ == "NoArgsIsHelpError":

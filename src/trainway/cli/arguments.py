@@ -46,8 +46,10 @@ def split_arguments(words: Sequence[str], environ: Mapping[str, str] = os.enviro
 
 def parse_resume(text: str) -> Literal["auto", "never"] | int:
     """`auto`, `never` or a step. Raises ConfigError for anything else."""
-    if text == "auto" or text == "never":
-        return text
+    if text == "auto":
+        return "auto"
+    if text == "never":
+        return "never"
     if re.fullmatch(r"[0-9]+", text):
         return int(text)
     raise ConfigError(
@@ -66,8 +68,10 @@ def parse_count(text: str) -> Literal["auto"] | int:
 
 def parse_which(text: str) -> Literal["best", "latest"] | int:
     """`best`, `latest` or a step. Raises ConfigError for anything else."""
-    if text == "best" or text == "latest":
-        return text
+    if text == "best":
+        return "best"
+    if text == "latest":
+        return "latest"
     if re.fullmatch(r"[0-9]+", text):
         return int(text)
     raise ConfigError(

@@ -9,9 +9,7 @@ import typer
 from trainway.cli.arguments import CONFIG_HELP, CONFIG_METAVAR, OPEN_ENDED, split_arguments
 from trainway.cli.terminal import emit, emit_json, emit_table
 
-presets_app = typer.Typer(
-    help="The shipped configurations.", invoke_without_command=True, rich_markup_mode=None
-)
+presets_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 config_app = typer.Typer(help="Check and show a configuration.", no_args_is_help=True, rich_markup_mode=None)
 
 Words = Annotated[

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from textwrap import indent
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trainway.cli.arguments import OPEN_ENDED
 from trainway.cli.terminal import emit, progress_bar
+
+if TYPE_CHECKING:
+    from trainway.recipes.quickstart import QuickstartResult
 
 
 def register(app: typer.Typer) -> None:
@@ -29,7 +33,27 @@ def quickstart(
 
     with progress_bar() as progress:
         result = run_quickstart(out, tuple(words or ()), progress)
-    emit(f"loss {result.start_loss:.3f} -> {result.val_loss:.3f} in {result.seconds:,.0f} s")
-    for sample in result.samples:
-        emit(f"\n{sample}")
-    emit(f"\nmodel: {result.model_dir}\nchart: {result.chart}")
+    emit(summary(result))
+
+
+def summary(result: QuickstartResult) -> str:
+    """What was learnt, where it is, and what to do next."""
+    fall = 1 - result.val_loss / result.start_loss
+    samples = "\n\n".join(indent(sample, "  | ") for sample in result.samples)
+    return f"""
+Validation loss {result.start_loss:.3f} -> {result.val_loss:.3f} ({fall:.0%} lower) in {result.seconds:,.0f} s of training.
+
+What the model writes after these openings:
+
+{samples}
+
+Where everything is:
+  {result.model_dir}   the model, for AutoModelForCausalLM.from_pretrained
+  {result.chart}   the loss, as a picture
+  {result.out / "run"}   metrics, samples, checkpoints, TensorBoard
+
+What to do next:
+  trainway generate {result.model_dir} "import os"
+  trainway checkpoints {result.out / "run"} --verify
+  tensorboard --logdir {result.out / "run" / "tensorboard"}
+  trainway train cpu_small data.train=YOUR_TEXT.jsonl"""

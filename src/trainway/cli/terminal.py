@@ -40,8 +40,16 @@ def emit_table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> None:
     emit("\n".join(line.rstrip() for line in lines))
 
 
+def is_main_rank() -> bool:
+    """True in the process that speaks for a run: rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def print_error(error: UserError) -> None:
-    """The three lines of an error that the user can cure."""
+    """The three lines of an error that the user can cure; one line on the ranks that say it after rank 0."""
+    if not is_main_rank():
+        print(f"rank {os.environ['RANK']}: {error.what}", file=sys.stderr)
+        return
     for label, text in (("error", error.what), ("why", error.why), ("fix", error.fix)):
         if text:
             print(f"{label}: {text}", file=sys.stderr)
@@ -49,8 +57,9 @@ def print_error(error: UserError) -> None:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A callback `(what, done, total)` that shows a bar for each `what`; silent when nobody watches."""
-    if not sys.stderr.isatty():
+    """A callback `(what, done, total)` that shows a bar for each `what`, taken away when all are full; silent when
+    nobody watches."""
+    if not sys.stderr.isatty() or not is_main_rank():
         yield lambda what, done, total: None
         return
     from rich.console import Console
@@ -58,11 +67,17 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    bars = Progress(*columns, console=Console(stderr=True), transient=True)
 
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+    def show(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = bars.add_task(what, total=total)
+        bars.start()
+        bars.update(tasks[what], completed=done, total=total)
+        if bars.finished:
+            bars.stop()  # training has a bar of its own, and a terminal shows one at a time
 
+    try:
         yield show
+    finally:
+        bars.stop()

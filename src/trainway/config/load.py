@@ -115,10 +115,10 @@ def _next_override(words: list[str]) -> tuple[str, str | bool]:
     truth = follows is not None and follows.lower() in ("true", "false", "yes", "no", "on", "off", "0", "1")
     if is_switch(key) and not truth:
         return key, True
-    if follows is not None and not follows.startswith("--"):
-        return key, words.pop(0)
     if key[:3] in ("no-", "no_") and is_switch(key[3:]):
         return key[3:], False
+    if follows is not None and not follows.startswith("--"):
+        return key, words.pop(0)
     raise ConfigError(f"command line: {word} has no value", "a setting needs one", f"write {word}=VALUE")
 
 

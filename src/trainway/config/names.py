@@ -132,7 +132,7 @@ def assign(setting: Setting, *, textual: bool = False) -> Assignment | None:
     else:
         key = _resolve(written, setting.origin)
     leaf = written.rpartition(".")[2]
-    info = field_table()[key] if key in field_table() else None
+    info = field_table().get(key)
     if textual and isinstance(value, str):
         value = _parse(value, info.annotation if info and leaf not in SWITCHES else None)
     if leaf in SWITCHES:

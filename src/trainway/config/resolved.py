@@ -41,7 +41,8 @@ def dump_config(config: RunConfig) -> str:
     for key in ignored_settings(config):
         section, _, leaf = key.rpartition(".")
         del nested[section][leaf]
-    return yaml.safe_dump(nested, sort_keys=False, allow_unicode=True, width=110)
+    text: str = yaml.safe_dump(nested, sort_keys=False, allow_unicode=True, width=110)
+    return text
 
 
 def config_schema() -> dict[str, Any]:

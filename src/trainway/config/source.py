@@ -319,15 +319,18 @@ class _YamlWalk:
             raise ConfigError(
                 f"{self._where(node)}: {node.value[:40]!r}… is no number", str(error), "correct it"
             ) from None
-        self._plain_tag(node, "str")
+        raise self._tag_error(node)
 
     def _plain_tag(self, node: yaml.Node, kind: str) -> None:
         if node.tag != f"tag:yaml.org,2002:{kind}":
-            raise ConfigError(
-                f"{self._where(node)}: the tag {node.tag} is not allowed",
-                "only plain values are read",
-                "take it out",
-            )
+            raise self._tag_error(node)
+
+    def _tag_error(self, node: yaml.Node) -> ConfigError:
+        return ConfigError(
+            f"{self._where(node)}: the tag {node.tag} is not allowed",
+            "only plain values are read",
+            "take it out",
+        )
 
     def _count(self, depth: int, node: yaml.Node) -> None:
         self.nodes += 1

@@ -28,6 +28,7 @@ from trainway.data.store import (
 from trainway.data.tokenise import has_bos, tokenise
 from trainway.data.tokenizer import (
     load_tokenizer,
+    save_tokenizer,
     token_bytes,
     tokenizer_hash,
     train_tokenizer,
@@ -178,7 +179,7 @@ def _build(
 ) -> StoreManifest:
     is_validation = _Split(config)
     if tokenizer is not None:
-        tokenizer.save_pretrained(out / TOKENIZER_DIR)
+        save_tokenizer(tokenizer, out / TOKENIZER_DIR)
     else:
         _learn_tokenizer(out, cache, config, sources, is_validation, report)
     tokenizer = load_tokenizer(out / TOKENIZER_DIR)  # as every later reader sees it

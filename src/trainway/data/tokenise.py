@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from trainway.data.store import StoreWriter
 from trainway.data.tokenizer import text_encoder
 
-BATCH_BYTES = 4 << 20
+BATCH_BYTES = 2 << 20  # small enough for the caches, large enough for many cores
 ENCODER_THREADS = 3
 """Each feeds the tokenizer's own threads: one converts ids while the batch of another is encoded."""
 

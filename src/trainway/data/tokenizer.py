@@ -72,9 +72,21 @@ def train_tokenizer(
     )
     backend.train_from_iterator(_reported(texts, progress, total), trainer)
     tokenizer = _wrap(backend, BOS, EOS, PAD)
-    with disk_faults(out):
-        tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Save a bundle in the directory `out`. Raises EnvironmentFault when the disk is full or read-only."""
+    with disk_faults(out):
+        try:
+            tokenizer.save_pretrained(out)
+        except OSError:
+            raise
+        except Exception as error:  # the tokenizers library reports the disk's faults as bare Exceptions
+            if code := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(code[1]), str(error)) from error
+            raise
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Learner(Protocol):
@@ -49,8 +49,9 @@ class Learner(Protocol):
             The global gradient norm before clipping.
         """
 
-    def write(self, directory: Path) -> None:
-        """Write this rank's part of weights and optimiser state into a checkpoint's directory."""
+    def write(self, directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write this rank's part of weights and optimiser state into a checkpoint's directory, the model as a
+        Hugging Face directory with its tokenizer."""
 
     def read(self, directory: Path) -> None:
         """Load what `write` wrote, whatever the number of ranks then and now."""

@@ -18,7 +18,14 @@ from trainway.engines.world import World
 class DDPLearner(SingleLearner):
     """A single learner whose gradients are summed over the ranks during the step's last backward pass."""
 
-    def __init__(self, module: nn.Module, model: PreTrainedModel, optim: OptimConfig, world: World, precision: Precision):
+    def __init__(
+        self,
+        module: nn.Module,
+        model: PreTrainedModel,
+        optim: OptimConfig,
+        world: World,
+        precision: Precision,
+    ):
         super().__init__(module, model, optim, world, precision)
         self._ddp = DistributedDataParallel(
             module,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-import math
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainway.checkpoint.weights import load_model, read_optimizer, write_model, write_optimizer
 from trainway.config.schema import OptimConfig
@@ -25,7 +25,14 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 class SingleLearner:
     """Weights, gradients and optimiser state live whole on one device."""
 
-    def __init__(self, module: nn.Module, model: PreTrainedModel, optim: OptimConfig, world: World, precision: Precision):
+    def __init__(
+        self,
+        module: nn.Module,
+        model: PreTrainedModel,
+        optim: OptimConfig,
+        world: World,
+        precision: Precision,
+    ):
         self.module, self.model, self.world, self.precision = module, model, world, precision
         self.optimizers = build_optimizers(list(model.named_parameters()), optim)
         self.loss_scale = LossScale.start(precision)
@@ -42,7 +49,9 @@ class SingleLearner:
 
     def step(self, lr_factor: float, max_norm: float, accept: Callable[[float], bool]) -> float:
         if self.loss_scale.enabled:
-            torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], 1 / self.loss_scale.value)
+            torch._foreach_mul_(
+                [p.grad for p in self._parameters if p.grad is not None], 1 / self.loss_scale.value
+            )
         norm = clip_gradients(self._parameters, max_norm).item()  # device→host sync
         explained = self.loss_scale.update(overflowed=not math.isfinite(norm))
         if not explained and accept(norm):
@@ -53,9 +62,9 @@ class SingleLearner:
             optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def write(self, directory: Path) -> None:
+    def write(self, directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         if self.world.is_main:  # every rank holds the same weights
-            write_model(self.model, directory / MODEL_DIR)
+            write_model(self.model, directory / MODEL_DIR, tokenizer)
             write_optimizer(self.optimizers, list(self.model.named_parameters()), directory / OPTIMIZER_FILE)
 
     def read(self, directory: Path) -> None:

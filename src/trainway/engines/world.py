@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import psutil
 import torch
 import torch.distributed as dist
 
 from trainway.config.schema import EngineConfig
-from trainway.errors import ConfigError, EnvironmentFault
+from trainway.errors import ConfigError, EnvironmentFault, PeerFailed
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,25 @@ class World:
         """Wait until every rank is here."""
         if self.world_size > 1:
             dist.barrier()
+
+    def together(self, action: Callable[[], Result]) -> Result:
+        """Run `action` here as every rank does; when it fails on one, all raise, and none waits for one that is gone.
+
+        Raises:
+            PeerFailed: it succeeded here and failed on another rank.
+        """
+        failure: Exception | None = None
+        result: Result | None = None
+        try:
+            result = action()
+        except Exception as error:
+            failure = error
+        (failures,) = self.sum(failure is not None)
+        if failure is not None:
+            raise failure
+        if failures:
+            raise PeerFailed("another rank failed")
+        return cast(Result, result)
 
     def from_main(self, value: Any) -> Any:
         """Give every rank rank 0's value (anything that JSON can hold)."""

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import sys
+
+from trainway.errors import ExitCode
+
+DOCUMENTED = (ExitCode.CONFIG, ExitCode.DATA, ExitCode.ENVIRONMENT, ExitCode.STOPPED)
 
 
 def main(arguments: list[str]) -> int:
@@ -18,13 +23,22 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    # It would print pages about ranks that have said themselves, in three lines, what is wrong.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+
     try:
         torchrun(arguments)
     except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        documented = [code for code in codes if code in (2, 3, 4, 75)]
-        first = documented[0] if documented else codes[0]
-        return first if first > 0 else 1  # negative: ended by a signal
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        if documented := [code for code in codes.values() if code in DOCUMENTED]:
+            return documented[0]
+        for rank, code in codes.items():
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            print(
+                f"error: rank {rank} {how}; the same command goes on from the last checkpoint",
+                file=sys.stderr,
+            )
+        return ExitCode.INTERNAL
     except SignalException:
         return 128 + signal.SIGTERM  # before there were ranks that could have saved anything
     return 0

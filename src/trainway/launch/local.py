@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 
@@ -20,7 +20,7 @@ from trainway.errors import ConfigError
 if TYPE_CHECKING:  # the runtime import of torch waits until training really happens in this process
     from trainway.training.session import RunResult
 
-ResumeChoice = int | str
+ResumeChoice = Literal["auto", "never"] | int
 PrepareProgress = Callable[[str, int, int], None]
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -31,7 +31,6 @@ def start_training(
     source: str | Path,
     overrides: Sequence[str] = (),
     *,
-    nproc: int | str | None = None,
     resume: ResumeChoice = "auto",
     allow_changes: bool = False,
     torchrun_args: Sequence[str] = (),
@@ -40,7 +39,6 @@ def start_training(
     """Train what CONFIG says; in this process, or in several under torchrun. Returns the exit code.
 
     Args:
-        nproc: processes on this machine, `auto` for one per GPU; None takes engine.nproc.
         progress: told (label, bytes done, bytes in all) while the data is prepared in this process.
 
     Raises:
@@ -48,7 +46,7 @@ def start_training(
     """
     config = load_config(source, overrides).config
     if not under_launcher():
-        count = process_count(nproc or config.engine.nproc)
+        count = 1 if config.engine.name == "single" else process_count(config.engine.nproc)
         if count > 1 or torchrun_args:
             again = ["train", str(source), *overrides, "--resume", str(resume)]
             return run_processes(count, again + ["--allow-changes"] * allow_changes, torchrun_args)
@@ -98,9 +96,22 @@ def run_processes(nproc: int, arguments: Sequence[str], torchrun_args: Sequence[
         ConfigError: a torchrun argument contradicts ours.
     """
     if any(arg.split("=")[0].replace("_", "-") == "--nproc-per-node" for arg in torchrun_args):
-        raise ConfigError("--nproc-per-node is set twice", "Trainway sets it from --nproc", "leave it out after --")
-    rendezvous = [] if any(arg.startswith(("--nnodes", "--rdzv", "--master")) for arg in torchrun_args) else ["--standalone"]
-    command = [sys.executable, "-m", "trainway.launch.agent", *rendezvous, f"--nproc-per-node={nproc}", *torchrun_args]
+        raise ConfigError(
+            "--nproc-per-node is set twice", "Trainway sets it from --nproc", "leave it out after --"
+        )
+    rendezvous = (
+        []
+        if any(arg.startswith(("--nnodes", "--rdzv", "--master")) for arg in torchrun_args)
+        else ["--standalone"]
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "trainway.launch.agent",
+        *rendezvous,
+        f"--nproc-per-node={nproc}",
+        *torchrun_args,
+    ]
     command += ["-m", "trainway", *arguments]
     # A session of its own: Ctrl-C reaches the ranks once, through us, and not torchrun behind their back.
     agent = subprocess.Popen(command, start_new_session=True, env=_agent_environment())
@@ -126,4 +137,9 @@ def _stop_ranks(agent: subprocess.Popen[bytes]) -> None:
 
 def _agent_environment() -> dict[str, str]:
     # Ranks get ten minutes to save before torchrun ends them; its own default of 30 s is short for a large model.
-    return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600", "OMP_NUM_THREADS": "1", **os.environ, "TRAINWAY_PARENT": str(os.getpid())}
+    return {
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
+        "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "TRAINWAY_PARENT": str(os.getpid()),
+    }

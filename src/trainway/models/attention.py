@@ -72,7 +72,9 @@ def packed_attention_forward(
 
 
 @torch.compiler.disable  # the calls depend on the documents' lengths: a graph of them would fit one batch only
-def attend_segments(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
+def attend_segments(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None
+) -> Tensor:
     """Causal attention within each segment: [B, Hq, T, D], [B, Hkv, T, D] twice to [B, T, Hq, D]."""
     batch, num_heads, seq_len, _ = query.shape
     gqa = key.shape[1] != num_heads
@@ -91,7 +93,9 @@ def attend_segments(query: Tensor, key: Tensor, value: Tensor, segments: Segment
     sizes = [count * length for count, length in segments.runs]
     parts = [
         _attend_run(*run, count, scale, gqa)
-        for (count, _), *run in zip(segments.runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+        for (count, _), *run in zip(
+            segments.runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True
+        )
     ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).unflatten(0, (batch, seq_len))
 
@@ -103,13 +107,17 @@ def _attend_run(q: Tensor, k: Tensor, v: Tensor, count: int, scale: float | None
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def _prepare_segments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _prepare_segments(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     boundaries = kwargs.get("boundaries")
     if boundaries is None:
         kwargs.pop("boundaries", None)
         return args, kwargs
     input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-    assert boundaries[0] == 0 and boundaries[-1] == input_ids.numel(), "boundaries must span the flattened batch"
+    assert boundaries[0] == 0 and boundaries[-1] == input_ids.numel(), (
+        "boundaries must span the flattened batch"
+    )
     # transformers takes a mask of four dimensions as final: it neither builds one nor looks for resets of position_ids
     final = torch.empty(0, 0, 0, 0, device=input_ids.device)
     return args, kwargs | {"boundaries": Segments(tuple(boundaries)), "attention_mask": final}

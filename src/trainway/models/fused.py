@@ -54,7 +54,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
         width = x.shape[-1]
-        product = (grad * x).view(-1, width)  # [N, H]; its two weighted sums are matrix-vector products
+        product = (grad * x).reshape(-1, width)  # [N, H]; its two weighted sums are matrix-vector products
         d_weight = rstd.view(1, -1).mm(product).view(-1)
         slope = product.mv(weight).view(rstd.shape).mul_(rstd.pow(3)).div_(width)
         d_x = (grad * weight).mul_(rstd).addcmul_(x, slope, value=-1.0)
@@ -120,10 +120,16 @@ def _attention_forward(
     if boundaries is None or not _fusible(hidden_states):
         kwargs |= {} if boundaries is None else {"boundaries": boundaries}
         return type(module).forward(
-            module, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs
+            module,
+            hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            **kwargs,
         )
     heads = (*hidden_states.shape[:-1], -1, module.head_dim)  # [B, T, heads, D]
-    q, k, v = (project(hidden_states).view(heads) for project in (module.q_proj, module.k_proj, module.v_proj))
+    q, k, v = (
+        project(hidden_states).view(heads) for project in (module.q_proj, module.k_proj, module.v_proj)
+    )
     if hasattr(module, "q_norm"):
         q, k = module.q_norm(q), module.k_norm(k)
     q, k = (rotary(x.transpose(1, 2), *position_embeddings) for x in (q, k))

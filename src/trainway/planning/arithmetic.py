@@ -67,7 +67,9 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> ParameterCount:
     embedding = vocab_size * model.hidden_size
     norms = model.num_layers * 2 * model.hidden_size + model.hidden_size
     if model.architecture == "qwen3":
-        norms += model.num_layers * 2 * head_geometry(model)[2]  # q_norm and k_norm, shared by the heads of a layer
+        norms += (
+            model.num_layers * 2 * head_geometry(model)[2]
+        )  # q_norm and k_norm, shared by the heads of a layer
     head = 0 if model.tie_embeddings else embedding
     total = model.num_layers * block + embedding + head + norms
     return ParameterCount(
@@ -138,18 +140,26 @@ def _activation_bytes_per_token(model: ModelConfig, checkpointing: str, half_pre
     size = 2 if half_precision else FP32
     # The residual stream and the norms stay fp32: input and normalised input; the matmuls keep a copy in their type.
     norm = model.hidden_size * (2 * FP32 + size)
-    attention = size * head_dim * (2 * num_heads + 2 * num_kv_heads) + FP32 * num_heads  # q, out, k, v and the lse
+    attention = (
+        size * head_dim * (2 * num_heads + 2 * num_kv_heads) + FP32 * num_heads
+    )  # q, out, k, v and the lse
     if model.architecture == "qwen3":
         attention += 2 * FP32 * head_dim * (num_heads + num_kv_heads)  # q_norm and k_norm
-    block = 2 * norm + attention + size * 4 * model.intermediate_size  # gate, silu(gate), up and their product
+    block = (
+        2 * norm + attention + size * 4 * model.intermediate_size
+    )  # gate, silu(gate), up and their product
     if checkpointing == "full":
         return model.num_layers * FP32 * model.hidden_size + block + norm
     return model.num_layers * block + norm
 
 
 def _loss_bytes(model: ModelConfig, vocab_size: int, tokens: int, chunk: int, half_precision: bool) -> int:
-    gradients = (tokens + vocab_size) * model.hidden_size * FP32  # of hidden and head, made in the forward pass
+    gradients = (
+        (tokens + vocab_size) * model.hidden_size * FP32
+    )  # of hidden and head, made in the forward pass
     logits = chunk * vocab_size * FP32
-    if half_precision:  # the logits once more as the GEMM writes and reads them, and the head in half precision
+    if (
+        half_precision
+    ):  # the logits once more as the GEMM writes and reads them, and the head in half precision
         logits += 2 * chunk * vocab_size + 2 * vocab_size * model.hidden_size
     return gradients + logits

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainway.config.schema import DataConfig, RunConfig, TokenizerConfig, TrainConfig
 from trainway.data.loader import validation_batches
@@ -18,9 +16,10 @@ from trainway.data.store import TokenStore
 from trainway.engines import choose_precision
 from trainway.engines.world import open_world
 from trainway.errors import ConfigError
-from trainway.models.attention import PACKED_ATTENTION
+from trainway.models.attention import use_packed_attention
 from trainway.models.causal_lm import CausalLMLoss
 from trainway.release.bundle import model_directory
+from trainway.release.generate import load_causal_lm
 from trainway.run_dir import RunDir
 from trainway.training.evaluate import continue_prompts, evaluate_batches
 
@@ -48,10 +47,8 @@ def evaluate(
         DataError: the data is missing or malformed.
     """
     directory = model_directory(target)
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, local_files_only=True, attn_implementation=PACKED_ATTENTION
-    )
+    model, tokenizer = load_causal_lm(directory)
+    use_packed_attention(model)
     config = _run_config(target)
     seq_len = seq_len or (config.train.seq_len if config else min(512, model.config.max_position_embeddings))
     base = config or RunConfig()
@@ -72,7 +69,12 @@ def evaluate(
         result: dict[str, Any] = evaluate_batches(module, batches, store.token_bytes, world, precision)
         if prompts:
             samples = continue_prompts(
-                model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=base.seed
+                model,
+                tokenizer,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=base.seed,
             )
             result["samples"] = list(samples)
     return result

@@ -66,9 +66,7 @@ def pretrain(
         world = stack.enter_context(open_world(config.engine, config.train.num_threads))
         start_logging(config.log.level, is_main=world.is_main)
         run = RunDir(Path(world.from_main(str(choose_run_dir(config, resume).path) if world.is_main else "")))
-        if world.is_main:
-            run.path.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(run_lock(run))
+        world.together(lambda: stack.enter_context(run_lock(run)) if world.is_main else None)
         if run_status(run)["state"] == "done" and resume == "auto":
             return finished_before(config, run, allow_changes)
         session = begin_session(config, world, run, prepared, resume, allow_changes)
@@ -97,7 +95,9 @@ def _train(session: Session, stop: StopSignal) -> TrainState:
         def evaluate(step: int) -> float:
             metrics = _evaluate(session, loss_module)
             trackers.log(step, metrics)
-            stage("EVAL", f"step {step}: loss {metrics['val/loss']:.4f}  {metrics['val/bpb']:.4f} bits per byte")
+            stage(
+                "EVAL", f"step {step}: loss {metrics['val/loss']:.4f}  {metrics['val/bpb']:.4f} bits per byte"
+            )
             if world.is_main:
                 _write_samples(session, learner, step)
             return metrics["val/loss"]
@@ -215,9 +215,15 @@ def _describe(session: Session, flops: float, peak: str) -> None:
         half_precision=precision != "fp32",
     )
     train, val = session.store.split("train"), session.store.split("val")
-    stage("DATA", f"{train.num_documents:,} documents of {train.num_tokens:,} tokens; validation {val.num_tokens:,}")
+    stage(
+        "DATA",
+        f"{train.num_documents:,} documents of {train.num_tokens:,} tokens; validation {val.num_tokens:,}",
+    )
     stage("MODEL", f"{config.model.architecture}: {counts.total:,} parameters, {flops:,.0f} FLOPs per token")
     stage("MODEL", f"about {memory.total / 2**30:.2f} GiB per rank, {precision}, {peak}")
     stage("DDP", f"{engine_name(config, world)} on {world.world_size} process(es), {world.device}")
     batch = f"{geometry.micro_batch_size} rows x {geometry.grad_accum_steps} micro-batches x {world.world_size} ranks"
-    stage("STEP", f"{session.total_steps} steps of {geometry.tokens_per_step:,} tokens: {batch} of {geometry.seq_len}")
+    stage(
+        "STEP",
+        f"{session.total_steps} steps of {geometry.tokens_per_step:,} tokens: {batch} of {geometry.seq_len}",
+    )

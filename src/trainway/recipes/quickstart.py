@@ -22,7 +22,11 @@ from trainway.tracking.jsonl import read_jsonl
 from trainway.training.session import RunResult
 
 PRESET = "quickstart"
-PROMPTS = ("import os\nimport sys\n\ndef main(", "class Stack:\n    def __init__(self", "    try:\n        return int(")
+PROMPTS = (
+    "import os\nimport sys\n\ndef main(",
+    "class Stack:\n    def __init__(self",
+    "    try:\n        return int(",
+)
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
 
@@ -51,7 +55,11 @@ def quickstart(
     out = Path(out)
     start_logging("info", is_main=True)
     corpus = write_corpus(out / "data" / "stdlib.jsonl")
-    places = [f"data.train={json.dumps([str(corpus)])}", f"data.store_dir={out / 'cache'}", f"run_dir={out / 'run'}"]
+    places = [
+        f"data.train={json.dumps([str(corpus)])}",
+        f"data.store_dir={out / 'cache'}",
+        f"run_dir={out / 'run'}",
+    ]
     config = load_config(PRESET, [*places, *overrides]).config
     prepare(config, progress=progress)
     result = pretrain(config)

@@ -11,6 +11,7 @@ from trainway.errors import ConfigError
 from trainway.files import atomic_directory
 from trainway.run_dir import RunDir
 
+
 def export(run: str | Path, out: str | Path, *, which: str | int = "best") -> Path:
     """Copy the model and tokenizer of a verified checkpoint into the new directory `out`.
 
@@ -23,9 +24,15 @@ def export(run: str | Path, out: str | Path, *, which: str | int = "best") -> Pa
     """
     run_dir, out = RunDir(Path(run)), Path(out)
     if not run_dir.checkpoints.is_dir():
-        raise ConfigError(f"{run} holds no checkpoints", "it is not a run directory, or nothing was saved yet", "`trainway runs` lists the runs")
+        raise ConfigError(
+            f"{run} holds no checkpoints",
+            "it is not a run directory, or nothing was saved yet",
+            "`trainway runs` lists the runs",
+        )
     if out.exists():
-        raise ConfigError(f"{out} exists already", "an export never overwrites", "choose another --out, or remove it first")
+        raise ConfigError(
+            f"{out} exists already", "an export never overwrites", "choose another --out, or remove it first"
+        )
     source = CheckpointStore(run_dir.checkpoints, keep_last=1).resolve(which) / MODEL_DIR
     with atomic_directory(out) as partial:
         shutil.copytree(source, partial, dirs_exist_ok=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from trainway.release.bundle import model_directory
 from trainway.training.evaluate import continue_prompts
@@ -19,12 +20,17 @@ def generate_text(
     Raises:
         ConfigError: no model there.
     """
-    directory = model_directory(model)
-    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    loaded, tokenizer = load_causal_lm(model_directory(model))
     if torch.cuda.is_available():
         loaded.to("cuda")
     samples = continue_prompts(
         loaded, tokenizer, [prompt], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )
     return next(iter(samples))["text"]
+
+
+def load_causal_lm(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The fp32 model and the tokenizer of a local model directory, loaded by plain transformers."""
+    disable_progress_bar()  # a local file is read in a moment
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    return model, AutoTokenizer.from_pretrained(directory, local_files_only=True)

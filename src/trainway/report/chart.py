@@ -20,7 +20,9 @@ def draw_losses(run: RunDir, path: Path) -> Path:
     val = [(r["step"], r["val/loss"]) for r in records if "val/loss" in r]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     axes.plot(*zip(*train, strict=True), color="#9ab8d8", linewidth=1, label="training")
-    axes.plot(*zip(*val, strict=True), color="#c44e52", linewidth=2, marker="o", markersize=4, label="validation")
+    axes.plot(
+        *zip(*val, strict=True), color="#c44e52", linewidth=2, marker="o", markersize=4, label="validation"
+    )
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.path.resolve().name)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

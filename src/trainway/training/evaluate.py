@@ -63,7 +63,10 @@ def continue_prompts(
     """Yield `{"prompt", "text"}` for each prompt; the same seed gives the same text."""
     was_training = model.training
     model.eval()
-    with _plain_attention(model), torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    with (
+        _plain_attention(model),
+        torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
+    ):
         torch.manual_seed(seed)
         for prompt in prompts:
             ids = prompt_ids(tokenizer, prompt).to(model.device)
@@ -75,11 +78,16 @@ def continue_prompts(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max(1, min(max_new_tokens, room)),
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id
+                if tokenizer.pad_token_id is not None
+                else tokenizer.eos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
                 **sampling,
             )
-            yield {"prompt": prompt, "text": tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)}
+            yield {
+                "prompt": prompt,
+                "text": tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True),
+            }
     model.train(was_training)
 
 

@@ -50,7 +50,11 @@ class StepGuard:
         return False
 
     def state(self) -> dict[str, Any]:
-        return {"norms": list(self._norms), "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        return {
+            "norms": list(self._norms),
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         self._norms = deque(state["norms"], maxlen=self.WINDOW)
@@ -63,7 +67,9 @@ class StepGuard:
             return f"the gradient norm is {norm}"
         factor = self._train.spike_factor
         if factor and len(self._norms) == self.WINDOW and norm > factor * median(self._norms):
-            return f"the gradient norm {norm:.3g} is over {factor:g} times the usual {median(self._norms):.3g}"
+            return (
+                f"the gradient norm {norm:.3g} is over {factor:g} times the usual {median(self._norms):.3g}"
+            )
         return None
 
 

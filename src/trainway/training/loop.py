@@ -142,7 +142,9 @@ def _with_validation(state: TrainState, loss: float, *, saved: bool) -> TrainSta
 def _save_due(work: Work, step: int) -> bool:
     config, geometry = work.config.checkpoint, work.geometry
     epoch_ends = geometry.steps_per_epoch is not None and step % geometry.steps_per_epoch == 0
-    return step % config.save_every == 0 or step == work.total_steps or (config.save_each_epoch and epoch_ends)
+    return (
+        step % config.save_every == 0 or step == work.total_steps or (config.save_each_epoch and epoch_ends)
+    )
 
 
 def _log_batch(config: RunConfig, batch: StepBatch, index: int) -> None:

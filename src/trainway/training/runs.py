@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from trainway.errors import ConfigError
 from trainway.files import atomic_write, read_json
 from trainway.planning.arithmetic import count_parameters, padded_vocab_size
 from trainway.run_dir import RunDir
-import json
 
 Resume = Literal["auto", "never"] | int
 State = Literal["new", "running", "stopped", "failed", "done"]
@@ -63,7 +63,12 @@ def refuse_changed_settings(config: RunConfig, run: RunDir) -> None:
 
 def write_status(run: RunDir, state: State, step: int, **more: Any) -> None:
     """Record what the run is doing."""
-    record = {"state": state, "step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **more}
+    record = {
+        "state": state,
+        "step": step,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **more,
+    }
     atomic_write(run.status, json.dumps(record, indent=2) + "\n")
 
 
@@ -98,7 +103,9 @@ def list_runs(directory: Path) -> list[RunSummary]:
         if state == "running" and lock_holder(run) is None:
             state = "killed"
         found.append(
-            RunSummary(run.path.name, run.path, state, status["step"], status.get("val_loss"), status.get("time", ""))
+            RunSummary(
+                run.path.name, run.path, state, status["step"], status.get("val_loss"), status.get("time", "")
+            )
         )
     return found
 

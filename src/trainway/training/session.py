@@ -21,7 +21,6 @@ from trainway.data.store import TokenStore
 from trainway.data.tokenizer import load_tokenizer
 from trainway.engines import engine_name
 from trainway.engines.base import Learner
-from trainway.engines.single import MODEL_DIR
 from trainway.engines.world import World
 from trainway.errors import ConfigError, DataError, Stopped
 from trainway.files import atomic_write
@@ -88,13 +87,13 @@ def begin_session(
         data_hash=prepared.store_dir.name,
         tokenizer=tokenizer,
         vocab_size=config.model.vocab_size or padded_vocab_size(len(tokenizer)),
-        geometry=resolve_geometry(config, world.world_size, store.split("train").num_tokens // config.train.seq_len),
+        geometry=resolve_geometry(
+            config, world.world_size, store.split("train").num_tokens // config.train.seq_len
+        ),
         resume=resume,
         allow_changes=allow_changes,
     )
-    if world.is_main:
-        _open_directory(session)
-    world.barrier()
+    world.together(lambda: _open_directory(session) if world.is_main else None)
     return session
 
 
@@ -105,7 +104,9 @@ def starting_state(session: Session, learner: Learner) -> TrainState:
         ConfigError: the step asked for does not exist (those that do are listed), or the batch changed.
         DataError: data or tokenizer changed, or checkpoints exist and none is intact.
     """
-    path = _checkpoint_to_resume(session)
+    world, checkpoints = session.world, session.checkpoints
+    found = world.from_main(world.together(lambda: _checkpoint_to_resume(session) if world.is_main else None))
+    path = Path(found) if found else None
     if path is None:
         return TrainState(
             step=0,
@@ -127,6 +128,10 @@ def starting_state(session: Session, learner: Learner) -> TrainState:
         _refuse_other_data(session, state, path)
     learner.read(path)
     learner.load_state(state.scaler)
+    if world.is_main:
+        # Only now, when nothing can refuse any more: what lies after this step is another future, or damaged.
+        for step in checkpoints.discard_after(state.step):
+            warn(f"the checkpoint of step {step} is removed: the run goes on from step {state.step}")
     stage("STEP", f"going on from {path} (step {state.step} of {session.total_steps})")
     return state
 
@@ -138,20 +143,24 @@ def save_checkpoint(session: Session, learner: Learner, state: TrainState) -> No
         EnvironmentFault: the disk is full, read-only or failing; the checkpoints before stay as they were.
     """
     world, checkpoints = session.world, session.checkpoints
-    directory = Path(world.from_main(str(checkpoints.begin(state.step)) if world.is_main else ""))
+
+    def begin() -> str:
+        return str(checkpoints.begin(state.step)) if world.is_main else ""
 
     def write(directory: Path) -> None:
-        learner.write(directory)
+        learner.write(directory, session.tokenizer)
         if world.is_main:
-            session.tokenizer.save_pretrained(directory / MODEL_DIR)
             (directory / STATE_FILE).write_text(state.to_json())
 
-    try:
-        checkpoints.write_into(directory, write)
-        world.barrier()
+    def commit() -> None:
         if world.is_main:
             is_best = state.best_step == state.step
             checkpoints.commit(state.step, directory, best=is_best, info={"val_loss": state.last_val_loss})
+
+    directory = Path(world.from_main(world.together(begin)))
+    try:
+        world.together(lambda: checkpoints.write_into(directory, write))
+        world.together(commit)
     except BaseException:
         if world.is_main:
             checkpoints.abort(directory)
@@ -159,7 +168,6 @@ def save_checkpoint(session: Session, learner: Learner, state: TrainState) -> No
     if world.is_main:
         write_status(session.run, "running", state.step, val_loss=state.last_val_loss)
         stage("SAVE", f"checkpoint of step {state.step}")
-    world.barrier()
 
 
 @contextmanager
@@ -200,7 +208,9 @@ def finish(session: Session, state: TrainState) -> RunResult:
         atomic_write(run.report, json.dumps(report, indent=2) + "\n")
         write_status(run, "done", state.step, val_loss=state.last_val_loss)
         speed = f"{report['tokens_per_s']:,.0f} tokens/s"
-        stage("RESULT", f"validation loss {state.last_val_loss:.4f} after {state.tokens_seen:,} tokens, {speed}")
+        stage(
+            "RESULT", f"validation loss {state.last_val_loss:.4f} after {state.tokens_seen:,} tokens, {speed}"
+        )
         stage("DONE", f"{state.step} steps in {clock(seconds)}: {run.path}")
     world.barrier()
     return RunResult(run.path, state.step, state.last_val_loss, report)
@@ -236,19 +246,15 @@ def _open_directory(session: Session) -> None:
     atomic_write(run.provenance, json.dumps(provenance, indent=2) + "\n")
 
 
-def _checkpoint_to_resume(session: Session) -> Path | None:
-    found = None
-    if session.world.is_main:
-        if isinstance(session.resume, int):
-            found = str(session.checkpoints.resolve(session.resume))
-            for step in session.checkpoints.discard_after(session.resume):
-                warn(f"the checkpoint of step {step} is removed: the run goes on from step {session.resume}")
-        elif newest := session.checkpoints.newest_intact():
-            for step, problems in newest[2]:
-                warn(f"the checkpoint of step {step} is damaged and passed over: {'; '.join(problems)}")
-            found = str(newest[1])
-    found = session.world.from_main(found)
-    return Path(found) if found else None
+def _checkpoint_to_resume(session: Session) -> str | None:
+    if isinstance(session.resume, int):
+        return str(session.checkpoints.resolve(session.resume))
+    newest = session.checkpoints.newest_intact()
+    if newest is None:
+        return None
+    for step, problems in newest[2]:
+        warn(f"the checkpoint of step {step} is damaged and passed over: {'; '.join(problems)}")
+    return str(newest[1])
 
 
 def _refuse_other_data(session: Session, state: TrainState, path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -63,7 +64,5 @@ class StopSignal:
             raise KeyboardInterrupt
         if self.count == 2:
             # os.write: print is not reentrant, and the signal may have interrupted a print
-            try:
+            with suppress(OSError):  # the terminal may be gone
                 os.write(2, _HINT)
-            except OSError:
-                pass  # the terminal is gone: no one to tell

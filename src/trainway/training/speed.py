@@ -15,8 +15,15 @@ from trainway.planning.arithmetic import PEAK_FLOPS
 class SpeedMeter:
     """Times optimiser steps over a short window, so that one slow step does not hide the usual speed."""
 
-    def __init__(self, tokens_per_step: int, flops_per_token: float, peak_flops: float, device: torch.device) -> None:
-        self._tokens, self._flops, self._peak, self._device = tokens_per_step, flops_per_token, peak_flops, device
+    def __init__(
+        self, tokens_per_step: int, flops_per_token: float, peak_flops: float, device: torch.device
+    ) -> None:
+        self._tokens, self._flops, self._peak, self._device = (
+            tokens_per_step,
+            flops_per_token,
+            peak_flops,
+            device,
+        )
         self._seconds: deque[float] = deque(maxlen=20)
         self._last = time.perf_counter()
 

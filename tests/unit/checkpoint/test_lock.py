@@ -13,15 +13,18 @@ from trainway.errors import EnvironmentFault
 from trainway.run_dir import RunDir
 
 HOLD = """
-import os, sys, time
+import os
+import sys
+import time
 from pathlib import Path
 from trainway.checkpoint.lock import run_lock
 from trainway.run_dir import RunDir
 with run_lock(RunDir(Path(sys.argv[1]))):
-    child = os.fork() if "fork" in sys.argv else 1
-    if child == 0:
+    if "fork" in sys.argv and os.fork() == 0:
+        print(os.getpid(), flush=True)  # from the worker: it is up, and has had its chance to drop the lock
         time.sleep(60)
-    print(child, flush=True)
+    if "fork" not in sys.argv:
+        print(os.getpid(), flush=True)
     sys.stdin.read()
 """
 
@@ -38,7 +41,9 @@ def hold(run_dir):
 
     def start(*words):
         process = subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(run_dir.path), *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-c", HOLD, str(run_dir.path), *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         started.append(process)
         assert process.stdout is not None
@@ -121,5 +126,8 @@ def test_garbage_in_the_file_is_no_obstacle(run_dir):
 
 def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(EnvironmentFault, match="cannot be written"), run_lock(RunDir(tmp_path / "file" / "run")):
+    with (
+        pytest.raises(EnvironmentFault, match="cannot be written"),
+        run_lock(RunDir(tmp_path / "file" / "run")),
+    ):
         pass

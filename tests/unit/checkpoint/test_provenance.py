@@ -12,7 +12,9 @@ HF = "hf_" + "aB3" * 11
 
 
 def test_config_hash_ignores_the_order_of_keys():
-    assert config_hash({"a": 1, "b": {"c": [1, 2], "d": None}}) == config_hash({"b": {"d": None, "c": (1, 2)}, "a": 1})
+    assert config_hash({"a": 1, "b": {"c": [1, 2], "d": None}}) == config_hash(
+        {"b": {"d": None, "c": (1, 2)}, "a": 1}
+    )
     assert config_hash({"a": 1}) != config_hash({"a": 2})
     assert len(config_hash({})) == 32
     with pytest.raises(ValueError):

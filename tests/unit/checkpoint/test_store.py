@@ -29,7 +29,11 @@ def save(store, *steps, best=()):
 
 
 def links(store):
-    return {name: os.readlink(store.directory / name) for name in ("latest", "best") if (store.directory / name).is_symlink()}
+    return {
+        name: os.readlink(store.directory / name)
+        for name in ("latest", "best")
+        if (store.directory / name).is_symlink()
+    }
 
 
 def test_save_publishes_everything(store):
@@ -40,7 +44,10 @@ def test_save_publishes_everything(store):
     assert links(store) == {"latest": "step-5", "best": "step-5"}
     assert sorted(p.name for p in store.directory.iterdir()) == ["best", "latest", "step-5"]
     manifest = json.loads((path / "manifest.json").read_text())
-    assert [(f["path"], f["size"]) for f in manifest["files"]] == [("model/weights.bin", 1000), ("state.json", 11)]
+    assert [(f["path"], f["size"]) for f in manifest["files"]] == [
+        ("model/weights.bin", 1000),
+        ("state.json", 11),
+    ]
 
 
 def test_phases_serve_several_ranks(store):

@@ -59,7 +59,9 @@ def test_model_round_trip(tmp_path, tied, max_shard_size, capfd):
 
 
 def test_dtype_and_no_local_paths(tmp_path):
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    )
     tokenizer.save_pretrained(tmp_path / "origin")
     tiny().save_pretrained(tmp_path / "origin")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "origin", dtype=torch.bfloat16)
@@ -109,7 +111,14 @@ def test_missing_and_broken_files(tmp_path):
 
 def test_tensors_that_share_memory_and_odd_layouts(tmp_path):
     base = torch.randn(4, 6)
-    tensors = {"a": base, "b": base, "c": base.t(), "d": base[1:3], "e": torch.tensor(3.0), "f": torch.empty(0)}
+    tensors = {
+        "a": base,
+        "b": base,
+        "c": base.t(),
+        "d": base[1:3],
+        "e": torch.tensor(3.0),
+        "f": torch.empty(0),
+    }
     write_tensors(tmp_path / "sub" / "t.safetensors", tensors)
     back = read_tensors(tmp_path / "sub" / "t.safetensors")
     assert back.keys() == tensors.keys()
@@ -212,7 +221,9 @@ def test_state_survives_regrouping(tmp_path):
     train(model, optimizers, 0, 2)
     write_optimizer(optimizers, model.named_parameters(), tmp_path / "o.safetensors")
     parameters = list(model.parameters())[::-1]
-    regrouped = torch.optim.AdamW([{"params": parameters[:3]}, {"params": parameters[3:], "lr": 5.0}], fused=True)
+    regrouped = torch.optim.AdamW(
+        [{"params": parameters[:3]}, {"params": parameters[3:], "lr": 5.0}], fused=True
+    )
     read_optimizer([regrouped], model.named_parameters(), tmp_path / "o.safetensors")
     for parameter in parameters:
         for key, value in optimizers[0].state[parameter].items():

@@ -125,7 +125,7 @@ def test_switches_need_no_value() -> None:
     assert load(STEPS, ["--compile", "--seed", "7"]).train.compile is True
     assert load(STEPS, ["--compile", "seed=7"]).seed == 7
     assert load(STEPS, ["--compile", "false"]).train.compile is False
-    assert load(STEPS, ["--no-shuffle"]).data.shuffle is False
+    assert load(STEPS, ["--no-shuffle", "seed=7"]).data.shuffle is False
     assert load(STEPS, ["--bf16"]).train.precision == "bf16"
 
 

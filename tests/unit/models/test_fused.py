@@ -55,7 +55,9 @@ def test_model_equals_its_unfused_self(architecture, num_kv_heads):
 
 
 def test_a_copy_trains_its_own_weights():
-    module = CausalLMLoss(build_model(ModelConfig(hidden_size=32, num_layers=1, intermediate_size=48), 64, seed=0))
+    module = CausalLMLoss(
+        build_model(ModelConfig(hidden_size=32, num_layers=1, intermediate_size=48), 64, seed=0)
+    )
     duplicate = copy.deepcopy(module)
     ids = torch.arange(16)[None]
     duplicate(ids, ids).backward()

@@ -40,7 +40,9 @@ def test_ties(tied):
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_saved_model_is_plain_transformers(architecture, tmp_path):
-    model = build_model(ModelConfig(**TINY, architecture=architecture), 64, seed=0, bos_id=1, eos_id=2, pad_id=3)
+    model = build_model(
+        ModelConfig(**TINY, architecture=architecture), 64, seed=0, bos_id=1, eos_id=2, pad_id=3
+    )
     model.save_pretrained(tmp_path)
     assert "trainway" not in (tmp_path / "config.json").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel  # noqa: F401  (the wrapper these modules are made for)
+from torch._dynamo.testing import CompileCounter
 
 from trainway.config.schema import ModelConfig
 from trainway.losses import IGNORE_INDEX
@@ -114,7 +114,7 @@ def test_activation_checkpointing_changes_nothing():
 
 def test_compiled_blocks_are_not_compiled_anew_for_other_boundaries():
     module, plain = _model(), _model()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     for layer in module.model.model.layers:
         layer.compile(backend=counter)
     ids, labels, positions = _batch()

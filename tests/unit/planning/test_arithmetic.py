@@ -78,7 +78,9 @@ def test_memory_parts():
     total = count_parameters(config, 1024).total
     adamw = memory_bytes(config, 1024, micro_batch_size=2, seq_len=64, loss_chunk_tokens=64)
     muon = memory_bytes(config, 1024, micro_batch_size=2, seq_len=64, loss_chunk_tokens=64, optimizer="muon")
-    full = memory_bytes(config, 1024, micro_batch_size=2, seq_len=64, loss_chunk_tokens=64, checkpointing="full")
+    full = memory_bytes(
+        config, 1024, micro_batch_size=2, seq_len=64, loss_chunk_tokens=64, checkpointing="full"
+    )
     assert adamw.weights == adamw.gradients == 4 * total and adamw.optimizer == 8 * total
     assert 4 * total < muon.optimizer < adamw.optimizer
     assert full.activations < adamw.activations / 2

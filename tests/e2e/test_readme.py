@@ -1,0 +1,95 @@
+"""Every command of the README is run, in order, as a stranger would type it (on a model of a size for tests)."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import run_cli, tiny, write_config
+from trainway.config.load import load_config, preset_names
+from trainway.planning.geometry import describe_plan
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+SCRIPTS = (
+    "bash scripts/quickstart.sh",
+    "bash scripts/test.sh",
+)  # the first in test_quickstart.py; we are in the second
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_commands_run_in_order(
+    tmp_path: Path, corpus: Path, store_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(corpus, tmp_path / "corpus.jsonl")
+    config = tiny(Path("corpus.jsonl"), store_dir, tmp_path, total_steps=6)
+    del config["run_dir"]
+    config["schedule"] = {"warmup_steps": 2}
+    write_config(tmp_path / "m3_medium.yaml", config)
+    monkeypatch.chdir(tmp_path)
+    run = 0
+    for command in commands():
+        if command in SCRIPTS:
+            continue
+        program, *words = shlex.split(command)
+        assert program == "trainway", command
+        words = ["m3_medium.yaml" if word == "m3_medium" else word for word in words]
+        if any("NAME" in word for word in words):
+            (name,) = (path.name for path in (tmp_path / "runs").iterdir())
+            words = [word.replace("NAME", name) for word in words]
+        done = run_cli(*words)
+        assert done.stdout or done.stderr, command
+        run += 1
+    assert run >= 8
+    assert (tmp_path / "my-model/model.safetensors").exists()
+
+
+def test_python_example_runs(tmp_path: Path, corpus: Path, store_dir: Path) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    shutil.copy(corpus, tmp_path / "corpus.jsonl")
+    config = tiny(Path("corpus.jsonl"), store_dir, tmp_path / "run")
+    write_config(tmp_path / "tiny.yaml", config)
+    script = block.replace('"m3_medium"', '"tiny.yaml"').replace("total_steps=1000", "total_steps=6")
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) > 0
+    assert (tmp_path / "my-model/config.json").exists()
+
+
+def test_scripts_are_the_first_two_commands() -> None:
+    assert commands()[:2] == list(SCRIPTS)
+    for command in SCRIPTS:
+        assert (ROOT / command.split()[1]).exists()
+
+
+def test_table_of_presets_is_true() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([\d.]+[MB]) \|", README, re.M))
+    assert sorted(rows) == sorted(preset_names())
+    for name, said in rows.items():
+        total = describe_plan(load_config(name).config)["parameters"]["total"]
+        assert float(said[:-1]) * {"M": 1e6, "B": 1e9}[said[-1]] == pytest.approx(total, rel=0.06), name
+
+
+def test_pages_that_it_links_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_config_reference_is_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/config_reference.py", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
