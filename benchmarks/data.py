@@ -1,4 +1,4 @@
-"""Measures the data layer: the loader's tokens per second on one core, and preparation against the bare tokenizer.
+"""Measures the data layer: the loader's tokens per second, and preparation against the bare tokenizer.
 
 python benchmarks/data.py
 """
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from trainway.config.schema import DataConfig, RunConfig, TokenizerConfig
-from trainway.data.loader import Loader
+from trainway.data.loader import Loader, Packing
 from trainway.data.prepare import prepare
 from trainway.data.store import TokenSplit
 from trainway.data.tokenizer import load_tokenizer, text_encoder, train_tokenizer
@@ -24,12 +24,13 @@ from trainway.data.tokenizer import load_tokenizer, text_encoder, train_tokenize
 DOCUMENT_CHARACTERS = 4096
 REPEATS = 2  # of the corpus, so that fixed costs weigh as they do in a real one
 ROUNDS = 3
+PACKINGS: tuple[Packing, ...] = ("documents", "concat")
 
 
 def main() -> None:
     torch.set_num_threads(1)
     for mean in (256, 512, 1024, 2048):
-        for packing in ("documents", "concat"):
+        for packing in PACKINGS:
             rate = loader_rate(mean, packing)
             print(
                 f"loader, documents of {mean:4d} tokens, {packing:9s}: {rate / 1e6:6.1f} M tokens/s on one core"
@@ -38,7 +39,7 @@ def main() -> None:
         compare_preparation(Path(scratch))
 
 
-def loader_rate(mean_tokens: int, packing: str, seq_len: int = 2048, rows: int = 8) -> float:
+def loader_rate(mean_tokens: int, packing: Packing, seq_len: int = 2048, rows: int = 8) -> float:
     """Tokens per second of processor time, with random documents of geometric length in memory."""
     random = np.random.default_rng(0)
     lengths = random.geometric(1 / mean_tokens, 50_000_000 // mean_tokens)

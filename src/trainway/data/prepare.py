@@ -59,7 +59,7 @@ def prepare(config: RunConfig, *, progress: Progress | None = None, root: Path |
     """Make the token store of `config.data`, or find the one made before from the same content; verify it.
 
     Relative paths are below `root` (the working directory). Safe to call from several processes at once.
-    Raises DataError for missing, altered or malformed data (nothing is kept then but the list of bad records),
+    Raises DataError for missing, altered or malformed data (only the list of bad records is kept then),
     ConfigError for settings that contradict each other, EnvironmentFault when the disk is full or read-only.
     """
     root = root or Path.cwd()

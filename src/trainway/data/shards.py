@@ -1,4 +1,4 @@
-"""Text shards: a directory whose `manifest.json` lists each shard with its size and hash, checked before use."""
+"""Text shards: a directory whose `manifest.json` lists each shard with its size and hash, all checked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Shard:
 
 
 def read_shards(folder: Path, files: list[Path]) -> list[Shard] | None:
-    """The shards of a directory, in the manifest's order; None when its `manifest.json` is data like any other.
+    """The shards of a directory, in the manifest's order; None when its `manifest.json` is plain data.
 
     files: the data files found in the directory; one that the manifest does not list is an error.
     Raises DataError naming the shard that is missing, empty, altered, listed twice or unknown.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import multiprocessing
 import os
@@ -55,7 +56,7 @@ def documents(prepared: PreparedData, split: Any) -> list[str]:
     tokenizer = load_tokenizer(prepared.tokenizer_dir)
     starts = [*stream.document_starts(0, stream.num_tokens).tolist(), stream.num_tokens]
     found = []
-    for start, stop in zip(starts, starts[1:], strict=False):
+    for start, stop in itertools.pairwise(starts):
         ids = stream.tokens(start, stop).tolist()
         assert (ids[0], ids[-1]) == (0, 1)
         assert not {0, 1, 2} & set(ids[1:-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,14 @@ import pytest
 from trainway.data.store import StoreManifest, StoreWriter, TokenStore
 from trainway.errors import DataError
 
-FACTS = {"tokenizer_hash": "h", "bos_id": 0, "eos_id": 1, "pad_id": 2, "sources": {}, "quarantined": 0}
+FACTS: dict[str, Any] = {
+    "tokenizer_hash": "h",
+    "bos_id": 0,
+    "eos_id": 1,
+    "pad_id": 2,
+    "sources": {},
+    "quarantined": 0,
+}
 LENGTHS = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
@@ -113,12 +121,9 @@ def test_extra_parts_and_bad_manifests_are_refused(tmp_path: Path) -> None:
     extra.unlink()
     path = tmp_path / "s" / "manifest.json"
     good = json.loads(path.read_text())
-    for bad in (
-        [],
-        {**good, "format": 99},
-        {**good, "extra": 1},
-        {k: v for k, v in good.items() if k != "files"},
-    ):
+    without = {name: value for name, value in good.items() if name != "files"}
+    altered: list[Any] = [[], {**good, "format": 99}, {**good, "extra": 1}, without]
+    for bad in altered:
         path.write_text(json.dumps(bad))
         with pytest.raises(DataError, match=r"manifest\.json: altered"):
             TokenStore.open(tmp_path / "s")
