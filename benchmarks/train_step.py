@@ -32,7 +32,9 @@ LR, BETAS, DECAY, MAX_NORM = 6e-4, (0.9, 0.95), 0.1, 1.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--case", choices=(*CASES, "both"), default="both")
     parser.add_argument("--arm", nargs=2, metavar=("CASE", "ARM"), help=argparse.SUPPRESS)
@@ -53,7 +55,10 @@ def compare(case: str, rounds: int, gemm: float) -> None:
     for number in range(rounds):
         for arm in arms if number % 2 == 0 else arms[::-1]:
             results[arm].append(run_process(case, arm))
-            print(f"{case} round {number + 1} {arm}: {results[arm][-1]['tokens_per_s']:.0f} tokens/s", flush=True)
+            print(
+                f"{case} round {number + 1} {arm}: {results[arm][-1]['tokens_per_s']:.0f} tokens/s",
+                flush=True,
+            )
     firsts, lasts = ({arm: results[arm][0]["losses"][step] for arm in arms} for step in (0, -1))
     hashes = {result["hash"] for runs in results.values() for result in runs}
     print(f"first losses {firsts}, last losses {lasts}, weights and data {hashes}")
@@ -64,11 +69,19 @@ def compare(case: str, rounds: int, gemm: float) -> None:
     for arm in arms:
         speed = statistics.median(run["tokens_per_s"] for run in results[arm])
         peak = statistics.median(run["peak_mib"] for run in results[arm])
-        print(f"{case} {arm}: {speed:.0f} tokens/s, {speed * flops / gemm:.0%} of the GEMM, {peak:.0f} MiB peak")
+        print(
+            f"{case} {arm}: {speed:.0f} tokens/s, {speed * flops / gemm:.0%} of the GEMM, {peak:.0f} MiB peak"
+        )
     for peer in arms[1:]:
-        ratios = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(results[arms[0]], results[peer], strict=True)]
+        ratios = [
+            a["tokens_per_s"] / b["tokens_per_s"]
+            for a, b in zip(results[arms[0]], results[peer], strict=True)
+        ]
         low, high = bootstrap_interval(ratios)
-        print(f"{case} trainway / {peer}: {statistics.median(ratios):.2f} [{low:.2f}, {high:.2f}] (95 %)", flush=True)
+        print(
+            f"{case} trainway / {peer}: {statistics.median(ratios):.2f} [{low:.2f}, {high:.2f}] (95 %)",
+            flush=True,
+        )
 
 
 def run_process(case: str, arm: str) -> dict[str, Any]:
@@ -122,7 +135,9 @@ def make_batch(case: str, seed: int) -> dict[str, Any]:
     for _ in range(batch_size):
         left = seq_len
         while left:
-            length = seq_len if case == "rows" else min(left, max(16, round(draw.expovariate(1 / MEAN_DOCUMENT))))
+            length = (
+                seq_len if case == "rows" else min(left, max(16, round(draw.expovariate(1 / MEAN_DOCUMENT))))
+            )
             lengths.append(length)
             left -= length
     boundaries = [0]
@@ -142,7 +157,9 @@ def trainway_steps(model: Any, batches: list[dict[str, Any]]) -> Iterator[tuple[
     from trainway.optim import build_optimizers, clip_gradients
 
     module = CausalLMLoss(model.train())
-    optimizers = build_optimizers(module.named_parameters(), OptimConfig(lr=LR, betas=BETAS, weight_decay=DECAY))
+    optimizers = build_optimizers(
+        module.named_parameters(), OptimConfig(lr=LR, betas=BETAS, weight_decay=DECAY)
+    )
     for batch in batches:
         shifted = torch.full_like(batch["labels"], -100)
         shifted[:, :-1] = batch["labels"][:, 1:]

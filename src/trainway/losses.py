@@ -48,7 +48,7 @@ def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int)
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, needs: tuple[bool, bool]
     ) -> Tensor:
         x, w, stat_type = _gemm_operands(hidden, weight)

@@ -65,7 +65,8 @@ class DataConfig(Section):
     """Where the documents come from and how they become rows of tokens."""
 
     train: tuple[str, ...] = ()
-    """Training sources: files, directories or glob patterns; .txt, .jsonl, .json and their .gz forms."""
+    """Training sources: files, directories or patterns; .txt, .text, .md, .py as text, .jsonl, .ndjson, .json as one
+    record a line, each also with .gz."""
     validation: tuple[str, ...] = ()
     """Validation sources; empty means a share of the training documents is held out (val_ratio)."""
     val_ratio: Share = 0.01

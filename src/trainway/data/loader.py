@@ -18,9 +18,7 @@ import xxhash
 
 from trainway.data.store import TokenSplit
 from trainway.errors import ConfigError, DataError
-
-IGNORE_INDEX = -100
-"""Label of a position at which nothing is predicted; the value that PyTorch's losses leave out."""
+from trainway.losses import IGNORE_INDEX
 
 Packing = Literal["documents", "concat"]
 

@@ -92,8 +92,8 @@ def attend_segments(
     # split, not slices: its backward is one concatenation, that of a slice a full tensor of zeros for each segment
     sizes = [count * length for count, length in segments.runs]
     parts = [
-        _attend_run(*run, count, scale, gqa)
-        for (count, _), *run in zip(
+        _attend_run(run_q, run_k, run_v, count, scale, gqa)
+        for (count, _), run_q, run_k, run_v in zip(
             segments.runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True
         )
     ]

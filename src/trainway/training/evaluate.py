@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainway.data.loader import IGNORE_INDEX, Batch
+from trainway.data.loader import Batch
 from trainway.engines.precision import Precision, autocast
 from trainway.engines.world import World
+from trainway.losses import IGNORE_INDEX
 
 
 @torch.no_grad()

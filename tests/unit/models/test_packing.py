@@ -1,6 +1,7 @@
 """Packed attention and the wrapped loss: every document as if it were alone; generation as transformers does it."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def _batch():
     ids = torch.randint(4, VOCAB, (2, 24), generator=generator)
     labels = torch.randint(4, VOCAB, (2, 24), generator=generator)
     labels[0, 3] = IGNORE_INDEX
-    lengths = [b - a for a, b in zip(BOUNDARIES, BOUNDARIES[1:], strict=False)]
+    lengths = [b - a for a, b in pairwise(BOUNDARIES)]
     positions = torch.cat([torch.arange(n) for n in lengths]).view(2, 24)
     return ids, labels, positions
 
@@ -45,7 +46,7 @@ def test_packed_equals_each_document_alone(spec):
     total = packed(ids, labels, positions, BOUNDARIES)
     total.backward()
     expected = torch.zeros(())
-    for start, stop in zip(BOUNDARIES, BOUNDARIES[1:], strict=False):
+    for start, stop in pairwise(BOUNDARIES):
         document = ids.flatten()[None, start:stop], labels.flatten()[None, start:stop]
         logits = alone.model(document[0], use_cache=False).logits[0]
         loss = F.cross_entropy(logits, document[1][0], reduction="sum", ignore_index=IGNORE_INDEX)
@@ -69,7 +70,7 @@ def test_the_boundary_matters():
 
 def test_a_token_never_sees_the_next_document():
     module = _model()
-    ids, labels, positions = _batch()
+    ids, _, positions = _batch()
     changed = ids.clone()
     changed[0, 14:] = 5
     with torch.no_grad():
@@ -95,7 +96,7 @@ def test_generation_equals_sdpa(spec):
 
 def test_no_boundaries_masks_by_position_resets_as_transformers_does():
     module = _model()
-    ids, labels, positions = _batch()
+    ids, _, positions = _batch()
     with torch.no_grad():
         masked = module.model.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
         packed = module.hidden(ids, positions, BOUNDARIES)
