@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import metrics, run_cli, stream, tiny, write_config
 
-STEPS = 60
+STEPS = 120
 
 
 @pytest.fixture(scope="module")
@@ -53,35 +53,39 @@ def steps_logged(run: Path) -> int:
     return path.read_bytes().count(b'"samples"') if path.exists() else 0
 
 
-def kill_many(root: Path, config: Path, kills: int, in_saves: int, *arguments: str) -> None:
-    """Kill the run `kills` times, `in_saves` of them while a checkpoint is being written; then let it finish."""
+def kill_many(root: Path, config: Path, anywhere: int, in_saves: int) -> None:
+    """Kill the run `anywhere` times at random moments and `in_saves` times while a checkpoint is half written (what
+    is left of it shows that it was); then let the run finish."""
     rng = random.Random(11)
-    moments = ["save"] * in_saves + ["any"] * (kills - in_saves)
-    rng.shuffle(moments)
-    killed_in_save = 0
-    for number, moment in enumerate(moments):
-        process = launch(config, *arguments)
-        before = steps_logged(root / "run")
-        # Progress of a few steps each time, so that all kills happen before the run is over.
-        target = before + rng.randrange(1, 4)
-        if moment == "save":
-            wait_for(lambda: any((root / "run/checkpoints").glob("*.tmp-*")), process)
-            killed_in_save += any((root / "run/checkpoints").glob("*.tmp-*"))
+    checkpoints = root / "run/checkpoints"
+
+    def half_written() -> bool:
+        return any(checkpoints.glob("step-*.tmp-*"))
+
+    while anywhere or in_saves:
+        aim_at_save = rng.randrange(anywhere + in_saves) < in_saves
+        process = launch(config)
+        if aim_at_save:
+            wait_for(lambda: steps_logged(root / "run") > 0 and half_written(), process)
         else:
+            target = steps_logged(root / "run") + rng.randrange(1, 4)
             wait_for(lambda t=target: steps_logged(root / "run") >= t, process)
             time.sleep(rng.random() * 0.02)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    run_cli("train", config, *arguments)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run was over before it was killed"
+        if half_written():
+            in_saves -= in_saves > 0
+        elif not aim_at_save:
+            anywhere -= 1
+    run_cli("train", config)
 
 
-@pytest.mark.parametrize(("kills", "in_saves"), [(4, 2), pytest.param(20, 5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("anywhere", "in_saves"), [(2, 1), pytest.param(15, 5, marks=pytest.mark.slow)])
 def test_killed_run_is_bit_identical(
-    straight: Path, tmp_path: Path, corpus: Path, store_dir: Path, kills: int, in_saves: int
+    straight: Path, tmp_path: Path, corpus: Path, store_dir: Path, anywhere: int, in_saves: int
 ) -> None:
     config = config_file(tmp_path, corpus, store_dir)
-    kill_many(tmp_path, config, kills, in_saves)
+    kill_many(tmp_path, config, anywhere, in_saves)
     assert stream(tmp_path / "run") == stream(straight)
     weights = "checkpoints/latest/model/model.safetensors"
     assert (tmp_path / "run" / weights).read_bytes() == (straight / weights).read_bytes()
@@ -154,7 +158,7 @@ def test_unknown_step_lists_those_that_exist(
 ) -> None:
     shutil.copytree(straight, tmp_path / "run", symlinks=True)
     done = run_cli("train", config_file(tmp_path, corpus, store_dir), "--resume", "3", check=2)
-    assert "60" in done.stderr and "Traceback" not in done.stderr
+    assert "119" in done.stderr and "120" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_flipped_bit_falls_back_to_the_checkpoint_before(
@@ -195,7 +199,7 @@ def test_changed_setting_is_refused_with_the_difference(
 ) -> None:
     shutil.copytree(straight, tmp_path / "run", symlinks=True)
     config = config_file(tmp_path, corpus, store_dir)
-    done = run_cli("train", config, "optim.lr=1e-3", "--resume", 56, check=2)
+    done = run_cli("train", config, "optim.lr=1e-3", "--resume", 119, check=2)
     assert "optim.lr: 0.003 -> 0.001" in done.stderr
 
 
