@@ -18,6 +18,7 @@ from trainway.data.prepare import prepare
 from trainway.engines import build_learner, choose_precision, engine_name
 from trainway.engines.base import Learner
 from trainway.engines.world import open_world
+from trainway.files import disk_faults
 from trainway.logs import stage, start_logging
 from trainway.models.causal_lm import CausalLMLoss
 from trainway.models.load import build_model
@@ -67,6 +68,7 @@ def pretrain(
         start_logging(config.log.level, is_main=world.is_main)
         run = RunDir(Path(world.from_main(str(choose_run_dir(config, resume).path) if world.is_main else "")))
         world.together(lambda: stack.enter_context(run_lock(run)) if world.is_main else None)
+        stack.enter_context(disk_faults(run.path))
         if run_status(run)["state"] == "done" and resume == "auto":
             return finished_before(config, run, allow_changes)
         session = begin_session(config, world, run, prepared, resume, allow_changes)
