@@ -89,7 +89,7 @@ def run_process(case: str, arm: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--arm", case, arm]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{case} {arm} failed:\n{done.stderr}")
+        raise SystemExit(f"{case} {arm} ended with code {done.returncode}:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

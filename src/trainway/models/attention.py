@@ -66,8 +66,7 @@ def packed_attention_forward(
     """transformers' attention interface: query [B, Hq, T, D], key and value [B, Hkv, T, D] to [B, T, Hq, D]."""
     if boundaries is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if kwargs.get("dropout"):
-        raise NotImplementedError("packed attention has no dropout")
+    assert not kwargs.get("dropout"), "packed attention has no dropout"
     return attend_segments(query, key, value, boundaries, kwargs.get("scaling")), None
 
 
