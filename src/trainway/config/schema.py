@@ -184,7 +184,8 @@ class EvalConfig(Section):
     every: PositiveInt = 250
     """Steps between evaluations; the last step is always evaluated."""
     max_tokens: PositiveInt | None = 1_000_000
-    """Tokens of the validation split that one evaluation reads, the same ones each time; empty means all."""
+    """Tokens of the validation split that one evaluation reads: the same rows each time, spread evenly over the
+    split; empty means all."""
     prompts: tuple[str, ...] = ()
     """Prompts continued at each evaluation, into samples.jsonl; empty means openings of validation documents."""
     num_samples: NonNegativeInt = 3

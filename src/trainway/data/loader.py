@@ -157,17 +157,18 @@ def validation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """The split from its beginning, unshuffled, the last row filled up with eos that is not predicted.
+    """The rows of the split in order, unshuffled, the last one filled up with eos that is not predicted.
 
-    max_tokens limits the rows (at least one is read). The micro-batches are the same for every world size and
+    max_tokens limits them (at least one is read) to rows spread evenly over the split: its first documents alone,
+    often of one source, would not speak for it. The micro-batches are the same for every world size and
     dealt out in turn: a rank may yield one fewer than another, or none. Raises DataError for a tiny split.
     """
     if split.num_tokens < 2:
         raise DataError(f"the {split.name} split has {split.num_tokens} tokens: nothing can be predicted",
                         fix="add validation documents")  # fmt: skip
-    rows = -(-(split.num_tokens - 1) // seq_len)
-    if max_tokens is not None:
-        rows = min(rows, max(1, max_tokens // seq_len))
+    whole = -(-(split.num_tokens - 1) // seq_len)
+    wanted = whole if max_tokens is None else min(whole, max(1, max_tokens // seq_len))
+    rows = np.arange(wanted, dtype=np.int64) * whole // wanted
     return _validation_batches(split, rows, seq_len, micro_batch_size, packing, rank, world_size)
 
 
@@ -260,10 +261,16 @@ def _finish_batch(window: np.ndarray, found: list[np.ndarray], packing: Packing,
 
 
 def _validation_batches(
-    split: TokenSplit, rows: int, seq_len: int, micro_rows: int, packing: Packing, rank: int, world_size: int
+    split: TokenSplit,
+    rows: np.ndarray,
+    seq_len: int,
+    micro_rows: int,
+    packing: Packing,
+    rank: int,
+    world_size: int,
 ) -> Iterator[Batch]:
-    for first in range(rank * micro_rows, rows, world_size * micro_rows):
-        starts = np.arange(first, min(first + micro_rows, rows), dtype=np.int64) * seq_len
+    for first in range(rank * micro_rows, len(rows), world_size * micro_rows):
+        starts = rows[first : first + micro_rows] * seq_len
         if int(starts[-1]) + seq_len + 1 <= split.num_tokens:
             yield _make_batch(split, starts, seq_len, packing)
         else:

@@ -23,7 +23,11 @@ def draw_losses(run: RunDir, path: Path) -> Path:
     axes.plot(
         *zip(*val, strict=True), color="#c44e52", linewidth=2, marker="o", markersize=4, label="validation"
     )
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.path.resolve().name)
+    axes.set(
+        xlabel="step",
+        ylabel="loss (nats per token)",
+        title=f"validation loss {val[0][1]:.2f} → {val[-1][1]:.2f}",
+    )
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -305,9 +305,13 @@ def test_validation_reads_the_same_batches_for_any_world_size() -> None:
         for i, batch in enumerate(whole):
             assert same(batch, ranks[i % world_size][i // world_size])
         assert sum(map(len, ranks)) == 7
-    limited = validate(split, max_tokens=40)
-    assert sum(batch.input_ids.shape[0] for batch in limited) == 5
-    assert same(limited[0], whole[0])
+
+
+def test_limited_validation_reads_rows_spread_over_the_whole_split() -> None:
+    split = make_split([50, 33, 20])  # 13 rows of 8
+    rows = torch.cat([batch.input_ids for batch in validate(split)])
+    limited = torch.cat([batch.input_ids for batch in validate(split, max_tokens=40)])
+    assert torch.equal(limited, rows[[0, 2, 5, 7, 10]])
     assert sum(batch.input_ids.shape[0] for batch in validate(split, max_tokens=1)) == 1
     with pytest.raises(DataError, match="nothing can be predicted"):
         validate(make_split([1]))
