@@ -1,0 +1,23 @@
+"""pip and uv install the same versions, and every dependency is pinned."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_dependency_is_pinned_alike_for_pip_and_uv() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    pins = {normal(name): version for name, version in (line.split("==") for line in lines)}
+    for_uv = dict(line.split("==") for line in project["tool"]["uv"]["constraint-dependencies"])
+    needed = [normal(re.match(r"[\w.-]+", line)[0]) for line in project["project"]["dependencies"]]
+    assert sorted(for_uv) == sorted(needed)
+    assert {name: pins[name] for name in needed} == for_uv
