@@ -182,7 +182,9 @@ def _reported(texts: Iterable[str], progress: Progress | None, total: int) -> It
             shown = done
             progress(done, max(total, done), "tokenizer: reading")
     if progress:
-        progress(done, done, "tokenizer: learning merges")
+        total = max(total, done)  # held-out documents are expected but not read
+        progress(total, total, "tokenizer: reading")
+        progress(total, total, "tokenizer: learning merges")
 
 
 def _wrap(backend: Tokenizer, bos: str | None, eos: str | None, pad: str | None) -> PreTrainedTokenizerFast:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainway.config.load import load_config
-from trainway.data.prepare import prepare
 from trainway.files import atomic_write
 from trainway.logs import stage, start_logging
 from trainway.recipes.pretrain import pretrain
@@ -61,8 +60,7 @@ def quickstart(
         f"run_dir={out / 'run'}",
     ]
     config = load_config(PRESET, [*places, *overrides]).config
-    prepare(config, progress=progress)
-    result = pretrain(config)
+    result = pretrain(config, progress=progress)
     model_dir = out / "model"
     if not model_dir.exists():
         export(result.run_dir, model_dir)
