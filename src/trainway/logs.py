@@ -43,7 +43,7 @@ def start_logging(level: str, *, is_main: bool) -> None:
         handler.close()
     logger.propagate = False
     logger.setLevel(level.upper() if is_main else "WARNING")
-    terminal = logging.StreamHandler(sys.stderr)
+    terminal = _Terminal()
     terminal.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(terminal)
 
@@ -55,3 +55,11 @@ def log_to_file(path: Path) -> None:
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
     logger.addHandler(handler)
+
+
+class _Terminal(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to what sys.stderr is at that moment: a progress bar takes its place, to print lines above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
