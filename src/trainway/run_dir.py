@@ -51,7 +51,3 @@ class RunDir:
     @property
     def lock(self) -> Path:
         return self.path / "run.lock"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.path / "tokenizer"

@@ -70,5 +70,4 @@ def _show_plan(source: str, settings: list[str]) -> None:
     from trainway.planning.geometry import describe_plan
 
     config = load_config(source, settings).config
-    ranks = 1 if config.engine.name == "single" else process_count(config.engine.nproc)
-    emit_json(describe_plan(config, ranks))
+    emit_json(describe_plan(config, process_count(config.engine)))

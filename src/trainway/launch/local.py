@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import psutil
 
 from trainway.config.load import load_config
-from trainway.config.schema import RunConfig
+from trainway.config.schema import EngineConfig, RunConfig
 from trainway.errors import ConfigError
 
 if TYPE_CHECKING:  # the runtime import of torch waits until training really happens in this process
@@ -46,7 +46,7 @@ def start_training(
     """
     config = load_config(source, overrides).config
     if not under_launcher():
-        count = 1 if config.engine.name == "single" else process_count(config.engine.nproc)
+        count = process_count(config.engine)
         if count > 1 or torchrun_args:
             again = ["train", str(source), *overrides, "--resume", str(resume)]
             return run_processes(count, again + ["--allow-changes"] * allow_changes, torchrun_args)
@@ -74,10 +74,12 @@ def under_launcher(environ: Mapping[str, str] = os.environ) -> bool:
     return all(name in environ for name in _TORCHRUN_VARIABLES)
 
 
-def process_count(wanted: int | str, environ: Mapping[str, str] = os.environ) -> int:
-    """How many processes to start here: as asked for, or one per visible GPU, at least one."""
-    if wanted != "auto":
-        return int(wanted)
+def process_count(engine: EngineConfig, environ: Mapping[str, str] = os.environ) -> int:
+    """How many processes to start here: one for the single engine, else as asked for or one per visible GPU."""
+    if engine.name == "single":
+        return 1
+    if engine.nproc != "auto":
+        return engine.nproc
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return max(1, len([part for part in visible.split(",") if part.strip() not in ("", "-1")]))

@@ -9,7 +9,7 @@ from collections import deque
 
 import torch
 
-from trainway.planning.arithmetic import PEAK_FLOPS
+from trainway.planning.arithmetic import peak_flops as data_sheet_flops
 
 
 class SpeedMeter:
@@ -60,10 +60,12 @@ def peak_flops(device: torch.device) -> tuple[float, str]:
     best of five 1536³ fp32 matrix products measured now. 0 when the GPU is not in the table."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for key, flops in PEAK_FLOPS.items():
-            if key.lower() in name.lower():
-                return flops, f"{key} data sheet, dense bf16"
-        return 0.0, f"{name} is not in the table of peaks"
+        flops = data_sheet_flops(name)
+        return (
+            (flops, f"{name} data sheet, dense bf16")
+            if flops
+            else (0.0, f"{name} is not in the table of peaks")
+        )
     a, b = torch.randn(1536, 1536), torch.randn(1536, 1536)
     times = []
     for _ in range(6):  # the first one warms up
