@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -43,6 +43,27 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
         try:
             with open(temp, "wb") as file:
                 file.write(payload)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temp, path)
+            fsync_directory(path.parent)
+        except BaseException:
+            temp.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def atomic_open(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Yield a file open for binary writing that becomes `path` at the end, complete and synced; as `atomic_write`.
+
+    On any exception the temporary file is removed and `path` is as it was.
+    """
+    path = Path(path)
+    temp = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    with disk_faults(path):
+        try:
+            with open(temp, "wb", buffering=1 << 20) as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temp, path)
@@ -129,8 +150,13 @@ def fsync_tree(root: str | os.PathLike[str]) -> None:
     """Flush every file and directory under `root`, the files first, to the disk."""
     for folder, _, names in os.walk(root, topdown=False):
         for name in names:
-            _fsync(os.path.join(folder, name), os.O_RDONLY)
+            fsync_file(os.path.join(folder, name))
         fsync_directory(folder)
+
+
+def fsync_file(path: str | os.PathLike[str]) -> None:
+    """Flush a file's bytes to the disk."""
+    _fsync(path, os.O_RDONLY)
 
 
 def fsync_directory(path: str | os.PathLike[str]) -> None:
