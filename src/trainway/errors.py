@@ -14,7 +14,7 @@ class ExitCode(IntEnum):
     DATA = 3
     ENVIRONMENT = 4
     STOPPED = 75
-    """Stopped on request, a checkpoint saved: start the same command again to go on (EX_TEMPFAIL)."""
+    """Stopped on request with the work saved: start the same command again to go on (EX_TEMPFAIL)."""
 
 
 class UserError(Exception):
@@ -58,8 +58,12 @@ class PeerFailed(Exception):
 
 
 class Stopped(Exception):
-    """Training stopped on request with a checkpoint saved (exit code 75)."""
+    """Stopped on request with the work so far saved: the same command goes on from there (exit code 75).
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"stopped after step {step}")
+    step: of training; saved: what is saved, in words, where that is no step.
+    """
+
+    def __init__(self, step: int = 0, *, saved: str = "") -> None:
         self.step = step
+        self.saved = saved or f"step {step} is saved"
+        super().__init__(f"stopped: {self.saved}")

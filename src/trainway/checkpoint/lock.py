@@ -24,12 +24,23 @@ _held: set[int] = set()
 def run_lock(run_dir: RunDir) -> Iterator[None]:
     """Hold the run directory for this process, creating it if needed.
 
-    The kernel drops the lock when the process ends, however it ends, so what a dead holder left is taken over.
     Raises EnvironmentFault if another process holds it, or if the file system cannot lock.
     """
-    descriptor = _open(run_dir)
+    with directory_lock(run_dir.path, run_dir.lock, what="run", setting="run_dir"):
+        yield
+
+
+@contextmanager
+def directory_lock(folder: Path, lock: Path, *, what: str, setting: str) -> Iterator[None]:
+    """Hold `folder` for this process through the file `lock` in it, creating both if needed.
+
+    The kernel drops the lock when the process ends, however it ends, so what a dead holder left is taken over.
+    what, setting: what the directory is and which setting names it, for the errors.
+    Raises EnvironmentFault if another process holds it, or if the file system cannot lock.
+    """
+    descriptor = _open(folder, lock, what, setting)
     try:
-        _acquire(descriptor, run_dir)
+        _acquire(descriptor, folder, lock, what, setting)
         _held.add(descriptor)
         _sign(descriptor)
         yield
@@ -55,19 +66,19 @@ def lock_holder(run_dir: RunDir) -> dict[str, Any] | None:
         os.close(descriptor)
 
 
-def _open(run_dir: RunDir) -> int:
+def _open(folder: Path, lock: Path, what: str, setting: str) -> int:
     try:
-        run_dir.path.mkdir(parents=True, exist_ok=True)
-        return os.open(run_dir.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise EnvironmentFault(
-            f"the run directory {run_dir.path} cannot be written",
+            f"the {what} directory {folder} cannot be written",
             error.strerror or str(error),
-            "choose another run_dir, or make this one writable",
+            f"choose another {setting}, or make this one writable",
         ) from error
 
 
-def _acquire(descriptor: int, run_dir: RunDir) -> None:
+def _acquire(descriptor: int, folder: Path, lock: Path, what: str, setting: str) -> None:
     # lock_holder takes the lock for an instant to look: only who holds it for longer is a real holder
     for attempt in range(10):
         try:
@@ -78,15 +89,15 @@ def _acquire(descriptor: int, run_dir: RunDir) -> None:
                 time.sleep(0.03)
         except OSError as error:
             raise EnvironmentFault(
-                f"{run_dir.lock} cannot be locked",
+                f"{lock} cannot be locked",
                 f"the file system refuses: {error.strerror}",
-                "put the run directory on a file system with flock (for Lustre: mount with -o flock)",
+                f"put the {what} directory on a file system with flock (for Lustre: mount with -o flock)",
             ) from error
-    holder = _signature(run_dir.lock)
+    holder = _signature(lock)
     raise EnvironmentFault(
-        f"the run {run_dir.path} is in use",
+        f"the {what} {folder} is in use",
         f"process {holder['pid']} on host {holder['host']} holds it since {holder['time']}",
-        "wait for it, stop it, or choose another run_dir",
+        f"wait for it, stop it, or choose another {setting}",
     )
 
 

@@ -8,8 +8,11 @@ from typing import Any
 
 from trainway.errors import DataError
 from trainway.files import hash_file, read_json
+from trainway.logs import warn
 
 SHARD_MANIFEST = "manifest.json"
+QUARANTINE_FILE = "quarantine.jsonl"
+"""Records that the sharder set aside, in the directory of the shards but none of them."""
 
 _CURE = "restore it, or make the shards again"
 
@@ -29,23 +32,35 @@ def read_shards(folder: Path, files: list[Path]) -> list[Shard] | None:
     files: the data files found in the directory; one that the manifest does not list is an error.
     Raises DataError naming the shard that is missing, empty, altered, listed twice or unknown.
     """
-    entries = _entries(folder)
-    if entries is None:
-        return None
+    manifest = _manifest(folder)
+    shards = None if manifest is None else check_shards(folder, files, manifest)
+    if shards and manifest and manifest.get("complete") is False:
+        warn(f"{folder}: the sharder has not finished; the {len(shards)} shards it completed are used")
+    return shards
+
+
+def check_shards(folder: Path, files: list[Path], manifest: dict[str, Any] | None = None) -> list[Shard]:
+    """The shards that the directory's manifest lists, each checked; raises as `read_shards` does."""
+    manifest = _manifest(folder) if manifest is None else manifest
+    entries = manifest["shards"] if manifest else []
     shards: dict[str, Shard] = {}
     for number, entry in enumerate(entries):
         shard = _checked(folder, entry, f"{folder / SHARD_MANIFEST}: shards[{number}]")
         if shard.path.name in shards:
             raise DataError(f"{folder / SHARD_MANIFEST}: {shard.path.name} is listed twice", fix=_CURE)
         shards[shard.path.name] = shard
+    known = {SHARD_MANIFEST, QUARANTINE_FILE} if manifest and manifest.get("quarantine") else {SHARD_MANIFEST}
+    # a sharder that works here, or was killed, has its next shard under its final name for an instant
+    coming = f"shard-{len(entries):05d}." if manifest and manifest.get("complete") is False else None
     for path in files:
-        if path.name not in shards and path.name != SHARD_MANIFEST:
-            why = f"{folder / SHARD_MANIFEST} does not list it"
-            raise DataError(f"{path}: an unknown shard", why, "move it elsewhere, or make the shards again")
+        if path.name in shards or path.name in known or (coming and path.name.startswith(coming)):
+            continue
+        why = f"{folder / SHARD_MANIFEST} does not list it"
+        raise DataError(f"{path}: an unknown shard", why, "move it elsewhere, or make the shards again")
     return list(shards.values())
 
 
-def _entries(folder: Path) -> list[Any] | None:
+def _manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / SHARD_MANIFEST
     try:
         manifest = read_json(path)
@@ -55,8 +70,7 @@ def _entries(folder: Path) -> list[Any] | None:
         if first.startswith(b"{") and first.endswith(b"}"):  # JSON lines that happen to have this name
             return None
         raise
-    entries = manifest.get("shards") if isinstance(manifest, dict) else None
-    return entries if isinstance(entries, list) else None
+    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("shards"), list) else None
 
 
 def _checked(folder: Path, entry: Any, where: str) -> Shard:

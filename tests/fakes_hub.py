@@ -1,0 +1,109 @@
+"""A Hugging Face Hub on this machine: datasets of given files at given commits, for real `datasets` streaming."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class FakeHub:
+    """`commits` of a dataset: {commit: {file name: bytes}}; the newest is the one added last."""
+
+    def __init__(self) -> None:
+        self.datasets: dict[str, dict[str, dict[str, bytes]]] = {}
+        self.gated: set[str] = set()
+        self.token: str | None = None
+        self.requests: list[tuple[str, str | None]] = []
+        self.url = ""
+
+    def answer(self, path: str, authorization: str | None) -> tuple[int, bytes, dict[str, str]]:
+        """(status, body, headers) for a request."""
+        self.requests.append((path, authorization))
+        parts = urllib.parse.unquote(path.split("?")[0]).strip("/").split("/")
+        is_api = parts[0] == "api"
+        name = "/".join(parts[2:4] if is_api else parts[1:3])
+        rest = parts[4:] if is_api else parts[3:]
+        if name not in self.datasets:
+            return 404, b"{}", {"X-Error-Code": "RepoNotFound"}
+        if name in self.gated and authorization != f"Bearer {self.token}":
+            return (
+                403,
+                b"{}",
+                {"X-Error-Code": "GatedRepo", "X-Error-Message": f"Access to {name} is restricted."},
+            )
+        commits = self.datasets[name]
+        wanted = rest[1] if len(rest) > 1 else "main"
+        commit = list(commits)[-1] if wanted == "main" else wanted
+        if commit not in commits:
+            return 404, b"{}", {"X-Error-Code": "RevisionNotFound"}
+        files = commits[commit]
+        if is_api and rest[:1] in ([], ["revision"]):
+            siblings = [{"rfilename": file} for file in files]
+            return _json(
+                {
+                    "id": name,
+                    "sha": commit,
+                    "private": False,
+                    "gated": False,
+                    "tags": [],
+                    "siblings": siblings,
+                }
+            )
+        if is_api and len(rest) > 2:  # a folder: all files are at the top
+            return 404, b"{}", {"X-Error-Code": "EntryNotFound"}
+        if is_api:  # tree and paths-info
+            return _json(
+                [{"type": "file", "path": f, "size": len(d), "oid": "0" * 40} for f, d in files.items()]
+            )
+        file = "/".join(rest[2:])
+        if file not in files:
+            return 404, b"{}", {"X-Error-Code": "EntryNotFound"}
+        return 200, files[file], {"ETag": f'"{commit}"', "X-Repo-Commit": commit}
+
+
+@contextmanager
+def serve(hub: FakeHub) -> Iterator[FakeHub]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            status, body, headers = hub.answer(self.path, self.headers.get("Authorization"))
+            span = self.headers.get("Range")
+            if status == 200 and span and span.startswith("bytes="):
+                first, last = span.removeprefix("bytes=").split("-")
+                total = len(body)
+                body = body[int(first) : int(last) + 1 if last else None]
+                headers = {**headers, "Content-Range": f"bytes {first}-{int(first) + len(body) - 1}/{total}"}
+                status = 206
+            self.send_response(status)
+            for key, value in headers.items():
+                self.send_header(key, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_HEAD = do_POST = do_GET  # noqa: N815 - the names that the server looks for
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _json(value: Any) -> tuple[int, bytes, dict[str, str]]:
+    return 200, json.dumps(value).encode(), {"Content-Type": "application/json"}
