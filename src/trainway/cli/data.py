@@ -1,4 +1,4 @@
-"""`trainway prepare` and `trainway tokenizer`: data made ready before any GPU is needed."""
+"""`trainway data`, `trainway prepare` and `trainway tokenizer`: data made ready before any GPU is needed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trainway.cli import data_records, data_shard
 from trainway.cli.arguments import CONFIG_HELP, CONFIG_METAVAR, OPEN_ENDED, split_arguments
 from trainway.cli.terminal import emit, emit_json, progress_bar
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from trainway.config.schema import DataConfig
     from trainway.data.sources import Source
 
+data_app = typer.Typer(
+    help="Shard, check, convert and look at data.", no_args_is_help=True, rich_markup_mode=None
+)
 tokenizer_app = typer.Typer(help="Train and look at tokenizers.", no_args_is_help=True, rich_markup_mode=None)
 
 Words = Annotated[
@@ -25,27 +29,42 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def register(app: typer.Typer) -> None:
     app.command("prepare", context_settings=OPEN_ENDED)(prepare)
+    data_shard.register(data_app)
+    data_records.register(data_app)
+    app.add_typer(data_app, name="data")
     app.add_typer(tokenizer_app, name="tokenizer")
 
 
-def prepare(words: Words = None, as_json: AsJson = False) -> None:
+def prepare(
+    words: Words = None,
+    num_workers: Annotated[
+        int | None, typer.Option(min=1, help="Spread the work: into how many parts the files are divided.")
+    ] = None,
+    worker_index: Annotated[
+        str | None, typer.Option(help="Which part to make, from 0; auto: what JOB_COMPLETION_INDEX says.")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Join the parts of all workers to the store.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Validate, split and tokenise the documents into a token store; what is done already is reused.
 
     Example: trainway prepare m3_medium data.train=corpus.jsonl
     """
-    import dataclasses
-
     from trainway.config.load import load_config
-    from trainway.data.prepare import prepare as prepare_data
+    from trainway.data.prepare import prepare_as_asked
 
     source, overrides = split_arguments(words or [])
     config = load_config(source, overrides).config
     with progress_bar() as progress:
-        prepared = prepare_data(config, progress=progress)
+        done = prepare_as_asked(
+            config, num_workers=num_workers, worker_index=worker_index, merge=merge, progress=progress
+        )
     if as_json:
-        emit_json(dataclasses.asdict(prepared))
+        emit_json(done.to_json())
     else:
-        emit(f"ok: {prepared.store_dir}")
+        emit("\n".join([*(f"absent, left out: {name}" for name in done.absent), f"ok: {done.store_dir}"]))
 
 
 @tokenizer_app.command("train", context_settings=OPEN_ENDED)
@@ -57,12 +76,12 @@ def train(
     Example: trainway tokenizer train m3_medium data.train=corpus.jsonl --out my-tokenizer
     """
     from trainway.config.load import load_config
-    from trainway.data.sources import find_sources
+    from trainway.data.inputs import training_sources
     from trainway.data.tokenizer import train_tokenizer, vocab_size
 
     source, overrides = split_arguments(words or [])
     config = load_config(source, overrides).config
-    sources = find_sources(config.data.train, config.data, setting="data.train")
+    sources = training_sources(config.data)
     with progress_bar() as show:
         tokenizer = train_tokenizer(
             _texts(sources, config.data),

@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trainway.config.names import Assignment, assign, field_table, is_switch
+from trainway.config.mixes import entry_errors
+from trainway.config.names import SOURCES, Assignment, assign, field_table, is_switch
 from trainway.config.resolved import config_difference, config_schema, dump_config, fingerprint
 from trainway.config.rules import broken_rules
 from trainway.config.schema import RunConfig
@@ -238,13 +239,20 @@ def _validate(values: Mapping[str, Assignment]) -> tuple[RunConfig | None, list[
         return RunConfig.model_validate(nested), []
     except ValidationError as error:
         messages: dict[str, list[str]] = {}
+        entries: list[tuple[tuple[str | int, ...], str]] = []
         for item in error.errors(include_url=False):
             # the place goes on into a tuple or a union's member; the setting ends where the schema's field does
             place = [str(part) for part in item["loc"]]
             key = ".".join(place[:2]) if ".".join(place[:2]) in field_table() else place[0]
             message = item["msg"].replace("Input should be ", "").removeprefix("a valid ")
-            messages.setdefault(key, []).append(message)
-        return None, [_value_error(values[key], found) for key, found in messages.items()]
+            if key == SOURCES:
+                entries.append((item["loc"][2:], message))
+            else:
+                messages.setdefault(key, []).append(message)
+        wrong = [_value_error(values[key], found) for key, found in messages.items()]
+        if entries:
+            wrong += entry_errors(values[SOURCES].value, values[SOURCES].origin, entries)
+        return None, wrong
 
 
 def _value_error(assignment: Assignment, messages: Iterable[str]) -> ConfigError:

@@ -12,6 +12,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from trainway.config.mixes import check_fields
 from trainway.config.schema import RunConfig
 from trainway.config.source import Setting, parse_scalar
 from trainway.errors import ConfigError
@@ -78,6 +79,9 @@ VALUES: dict[str, dict[Any, Any]] = {
 }
 """Other tools' values of a setting, by its path or by the alias that has them."""
 
+SOURCES = "data.train"
+"""The setting whose items may have fields of their own."""
+
 OBSOLETE: dict[str, str] = {
     "evaluation_strategy": "it is obsolete: set eval.every, the steps between evaluations",
     "eval_strategy": "Trainway evaluates by steps: set eval.every",
@@ -143,7 +147,7 @@ def assign(setting: Setting, *, textual: bool = False) -> Assignment | None:
         if isinstance(alone, str | int) and alone in table:
             value = table[alone]
     if info is not None:
-        value = _fit(setting, written, value, info.annotation)
+        value = _fit(setting, key, written, value, info.annotation)
     return Assignment(key, value, setting.origin, written)
 
 
@@ -193,6 +197,11 @@ def _resolve(written: str, origin: str) -> str:
             return keys[0]
         raise ConfigError(
             f"{where}{written} is ambiguous", f"it may mean {' or '.join(keys)}", "write the full name"
+        )
+    if written.startswith(f"{SOURCES}."):
+        why = f"{SOURCES} is a list of sources, each a path or a table"
+        raise ConfigError(
+            f"{where}there is no setting {written!r}", why, f"write {SOURCES}: [{{path: FILE, weight: 2}}]"
         )
     nearest = _nearest(written)
     fix = f"did you mean {nearest}?" if nearest else "`trainway config schema` lists every setting"
@@ -259,8 +268,10 @@ def _parse(text: str, annotation: Any) -> Any:
     """The value of command-line text: paths and names stay text, a comma list becomes a tuple."""
     kinds = _kinds(annotation) if annotation is not None else set()
     if tuple in kinds and not text.startswith("["):
+        if text.startswith("{"):  # one source with settings of its own; several are written as a list
+            return [parse_scalar(text)]
         items = [item.strip() for item in text.split(",") if item.strip()]
-        return items if str in get_args(annotation) else [parse_scalar(item) for item in items]
+        return items if str in _kinds(get_args(annotation)[0]) else [parse_scalar(item) for item in items]
     if str in kinds:
         return None if type(None) in kinds and text in ("", "null", "none", "None", "~") else text
     return parse_scalar(text)
@@ -275,7 +286,7 @@ def _switch(setting: Setting, key: str, written: str, value: Any) -> Assignment:
     return Assignment(key, when_true if value else when_false, setting.origin, written, weak=not value)
 
 
-def _fit(setting: Setting, written: str, value: Any, annotation: Any) -> Any:
+def _fit(setting: Setting, key: str, written: str, value: Any, annotation: Any) -> Any:
     kinds = _kinds(annotation)
     # pydantic would read true as the number 1
     if isinstance(value, bool) and bool not in kinds:
@@ -283,6 +294,11 @@ def _fit(setting: Setting, written: str, value: Any, annotation: Any) -> Any:
         raise ConfigError(
             f"{setting.origin}: {written} is {word}", "it is not a switch", "write a value of its kind"
         )
+    # TOML has no null
+    if type(None) in kinds and str not in kinds and value == "none":
+        return None
     if tuple in kinds and isinstance(value, str):
         return (value,)
+    if key == SOURCES:
+        check_fields(value, key, setting.origin)
     return value

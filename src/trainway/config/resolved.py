@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from trainway.config.mixes import plain_source
 from trainway.config.rules import ignored_settings
 from trainway.config.schema import RunConfig
 
@@ -38,6 +39,7 @@ def dump_config(config: RunConfig) -> str:
     Settings that this run ignores are left out, because a file that sets them is refused.
     """
     nested = config.model_dump(mode="json")
+    nested["data"]["train"] = [plain_source(entry) for entry in nested["data"]["train"]]
     for key in ignored_settings(config):
         section, _, leaf = key.rpartition(".")
         del nested[section][leaf]
@@ -65,6 +67,7 @@ def flat_config(config: RunConfig) -> dict[str, Any]:
             flat |= {f"{name}.{leaf}": item for leaf, item in value.items()}
         else:
             flat[name] = value
+    flat["data.train"] = [plain_source(entry) for entry in flat["data.train"]]
     return flat
 
 
@@ -80,9 +83,17 @@ def fingerprint(config: RunConfig, global_batch_size: int | None = None) -> dict
         if key not in ignored
         and not any(key == c or (c.endswith(".") and key.startswith(c)) for c in CHANGEABLE)
     }
+    kept["data.train"] = [_without_names(entry) for entry in kept["data.train"]]
     if global_batch_size is not None:
         kept["train.global_batch_size"] = global_batch_size
     return kept
+
+
+def _without_names(entry: Any) -> Any:
+    # neither what a source is called nor that it might be absent alters what is learnt
+    return (
+        entry if isinstance(entry, str) else {k: v for k, v in entry.items() if k not in ("name", "optional")}
+    )
 
 
 def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

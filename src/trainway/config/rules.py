@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from trainway.config.mixes import mix_problems
 from trainway.config.schema import RunConfig
 from trainway.errors import ConfigError
+from trainway.planning.geometry import decay_overlap
 
 
 def broken_rules(
@@ -13,6 +15,7 @@ def broken_rules(
 ) -> list[ConfigError]:
     """Every rule between settings that `config` breaks. `explicit`: keys that the user set for this run."""
     problems = [*_lengths(config, origins), *_shapes(config, origins), *_engine(config, origins)]
+    problems += mix_problems(config.data, origins["data.train"])
     for key, reason in ignored_settings(config).items():
         if key in explicit:
             problems.append(
@@ -41,6 +44,8 @@ def ignored_settings(config: RunConfig) -> dict[str, str]:
         )
     if config.schedule.name == "constant":
         ignore("schedule.name is constant", "schedule.min_lr_ratio")
+    if config.schedule.name != "wsd":
+        ignore(f"schedule.name is {config.schedule.name}", "schedule.decay_ratio", "schedule.decay_shape")
     if config.tokenizer.path is not None:
         ignore(
             "tokenizer.path is set, so no tokenizer is trained",
@@ -62,6 +67,16 @@ def ignored_settings(config: RunConfig) -> dict[str, str]:
         ignore("no step is ever left out (on_nonfinite stop, spike_factor 0)", "train.max_skipped_steps")
     if config.engine.name == "single":
         ignore("engine.name is single: one process has no collective operations", "engine.timeout_s")
+    if config.engine.name != "fsdp":
+        ignore(
+            f"engine.name is {config.engine.name}",
+            "engine.sharding",
+            "engine.shard_ranks",
+            "engine.reshard_after_forward",
+            "engine.cpu_offload",
+        )
+    elif config.engine.sharding == "full":
+        ignore("engine.sharding is full: one group of all ranks", "engine.shard_ranks")
     return ignored
 
 
@@ -84,6 +99,9 @@ def _lengths(config: RunConfig, origins: Mapping[str, str]) -> list[ConfigError]
                 "warm up for fewer steps, or train for more",
             )
         )
+    elif train.total_steps is not None and (overlap := decay_overlap(schedule, train.total_steps)):
+        where = origins["schedule.decay_ratio"]
+        problems.append(ConfigError(f"{where}: {overlap.what}", overlap.why, overlap.fix))
     if train.seq_len > model.max_seq_len:
         problems.append(
             ConfigError(

@@ -61,12 +61,28 @@ class TokenizerConfig(Section):
     """How much text, in MiB, a new tokenizer is trained on."""
 
 
+class SourceConfig(Section):
+    """One source of a mix. A bare string in data.train is a source with these defaults."""
+
+    path: str
+    """A file, a directory or a pattern."""
+    name: str | None = None
+    """Name of the source in logs and reports; empty means its path."""
+    weight: PositiveFloat | None = None
+    """Share of the training rows, relative to the other sources' weights; all sources have one, or none has."""
+    epochs: PositiveFloat | None = None
+    """Passes over this source for each pass over the mix; empty means 1. An alternative to weights."""
+    optional: bool = False
+    """A source that may be absent: it is then left out, with a line in the log."""
+
+
 class DataConfig(Section):
     """Where the documents come from and how they become rows of tokens."""
 
-    train: tuple[str, ...] = ()
+    train: tuple[str | SourceConfig, ...] = ()
     """Training sources: files, directories or patterns; .txt, .text, .md, .py as text, .jsonl, .ndjson, .json as one
-    record a line, each also with .gz."""
+    record a line, each also with .gz; .parquet and .csv. A source with a weight, epochs or a name of its own is
+    written as {path: FILE, weight: 2}."""
     validation: tuple[str, ...] = ()
     """Validation sources; empty means a share of the training documents is held out (val_ratio)."""
     val_ratio: Share = 0.01
@@ -79,6 +95,8 @@ class DataConfig(Section):
     """A malformed record ends the preparation, or is set aside in a quarantine file and counted."""
     max_document_mib: PositiveInt = 64
     """A longer document counts as malformed."""
+    dedup: bool = False
+    """Leave out training documents whose text was there before, in any source; they are counted."""
     packing: Literal["documents", "concat"] = "documents"
     """documents: rows are full and attention never crosses a document; concat: one stream, attention crosses."""
     store_dir: str = "cache"
@@ -108,12 +126,15 @@ class TrainConfig(Section):
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of forward and backward; weights stay fp32. auto: what the hardware does well."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """full: keep only each block's input and recompute the rest in the backward pass."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """full: keep only each block's input and recompute the rest in the backward pass; selective: keep the results of
+    matrix products and attention too, and recompute what is cheap."""
     compile: bool = False
     """Compile each block with torch.compile."""
     loss_chunk_tokens: PositiveInt = 1024
     """The cross-entropy holds the logits of at most this many tokens at a time."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the squared log of the softmax's normaliser, which keeps logits from drifting; 0 turns it off."""
     on_nonfinite: Literal["skip", "stop"] = "skip"
     """A step whose loss or gradient is NaN or infinite is left out, or ends the run."""
     spike_factor: Annotated[float, Field(ge=0)] = 0.0
@@ -148,19 +169,32 @@ class OptimConfig(Section):
 class ScheduleConfig(Section):
     """The learning rate over the run, as a factor of its peak."""
 
-    name: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up."""
+    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after the warm-up; wsd: warm-up, stable, then a decay over the last decay_ratio of the run."""
     warmup_steps: NonNegativeInt = 100
     """Steps of linear warm-up."""
     min_lr_ratio: Share = 0.1
-    """Factor at the last step of cosine and linear."""
+    """Factor at the last step of cosine, linear and wsd."""
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of the run over which wsd decays."""
+    decay_shape: Literal["linear", "sqrt"] = "sqrt"
+    """How wsd decays: linear, or 1 - sqrt(progress)."""
 
 
 class EngineConfig(Section):
     """How the work is spread over processes."""
 
-    name: Literal["auto", "single", "ddp"] = "auto"
-    """auto: single on one process, ddp on several."""
+    name: Literal["auto", "single", "ddp", "fsdp"] = "auto"
+    """auto: single on one process, ddp on several; fsdp: weights, gradients and optimiser state are sharded."""
+    sharding: Literal["full", "hybrid"] = "full"
+    """fsdp over all ranks, or hybrid: over groups of shard_ranks ranks that hold the same shards."""
+    shard_ranks: PositiveInt | None = None
+    """Ranks that a model is sharded over under hybrid; empty means those of one machine."""
+    reshard_after_forward: bool = True
+    """fsdp frees a block's weights after its forward pass and gathers them again for the backward pass; off: faster,
+    and all weights are held from forward to backward."""
+    cpu_offload: bool = False
+    """fsdp keeps shards of weights, gradients and optimiser state in the memory of the CPU."""
     nproc: PositiveInt | Literal["auto"] = "auto"
     """Processes on this machine; auto: one per GPU."""
     timeout_s: PositiveInt = 600
@@ -174,6 +208,8 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; the last step is always saved."""
     save_each_epoch: bool = False
     """Save at the end of each epoch too."""
+    async_save: bool = False
+    """Training goes on while a checkpoint's files are written; needs memory of the CPU for a copy of the state."""
     keep_last: PositiveInt = 3
     """Newest checkpoints kept, beside the best one."""
 
@@ -240,3 +276,44 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     tracking: TrackingConfig = TrackingConfig()
     log: LogConfig = LogConfig()
+
+
+class ShardConfig(Section):
+    """What `trainway data shard` reads and how it writes shards; no part of a run."""
+
+    mode: Literal["smoke", "prod", "split"] = "prod"
+    """smoke: the first `take` documents; prod: all; split: all, each to training or validation."""
+    inputs: tuple[str, ...] = ()
+    """Files, directories or patterns to read; an alternative to dataset."""
+    dataset: str | None = None
+    """A Hugging Face dataset: a Hub id, a directory of data files, or the path or URL of one."""
+    subset: str | None = None
+    """Subset (configuration) of the dataset."""
+    revision: str | None = None
+    """Commit, tag or branch of a dataset on the Hub; empty means the newest, kept when a run goes on."""
+    split: str = "train"
+    """Split of the dataset, or slices of it: train[:1%]."""
+    text_field: str = "text"
+    """Field or column that holds the text."""
+    text_unit: Literal["file", "paragraph", "line"] = "file"
+    """What one document is in a plain text file."""
+    format: Literal["text", "jsonl"] = "text"
+    """text: one document a line, its line breaks become spaces; jsonl: {"text": ...}, nothing is lost."""
+    gzip: bool = False
+    """Compress the shards."""
+    lines_per_shard: PositiveInt = 50000
+    """Documents in a shard."""
+    take: PositiveInt = 100000
+    """Documents that mode smoke takes."""
+    val_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Probability of a document to go to validation in mode split."""
+    out: str
+    """Directory of the shards, of training in mode split."""
+    val_out: str | None = None
+    """Directory of the validation shards in mode split; empty means beside out: train → val, NAME → NAME-val."""
+    seed: NonNegativeInt = 42
+    """Decides, with a document's text, on which side of the split it falls."""
+    on_bad_record: Literal["error", "quarantine"] = "error"
+    """A malformed record ends the sharding, or is set aside in quarantine.jsonl and counted."""
+    max_document_mib: PositiveInt = 64
+    """A longer document counts as malformed."""

@@ -2,13 +2,14 @@
 
 The split is a circular stream of T tokens. Epoch e cuts it into R = T // L windows of L tokens, from a phase
 that depends on e, and visits them in a keyed random order; nothing is kept, and any step costs the same.
+In a mix each source is such a stream of its own, and trainway.data.mix says whose turn it is.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,17 +17,15 @@ import numpy as np
 import torch
 import xxhash
 
+from trainway.data.mix import Mix
+from trainway.data.permutation import ORDER, PHASE, order_key, permute
 from trainway.data.store import TokenSplit
 from trainway.errors import ConfigError, DataError
 from trainway.losses import IGNORE_INDEX
 
 Packing = Literal["documents", "concat"]
 
-_ROUNDS = 8
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
-_PHASE, _ORDER = 1, 2  # what a key is for
+PLACED_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -61,15 +60,26 @@ class StepBatch:
     sample_hash: str  # xxh3_64 of the step's global sample ids: the same on every rank and world size
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Consecutive rows of the run: what each is called and where it is read."""
+
+    first: int  # number of the first row
+    samples: np.ndarray  # [rows] int64 ids, unique per (source, epoch, window)
+    streams: list[int]  # of each row: which stream it is read from
+    starts: np.ndarray  # [rows] int64 positions of the first tokens in those streams
+
+
 class Loader:
     """The training batches of one rank.
 
-    Raises ConfigError for sizes that do not divide, DataError when the split has fewer than `seq_len` tokens.
+    streams: the training split, or, with a `mix`, one stream for each of its sources.
+    Raises ConfigError for sizes that do not divide, DataError when a stream has fewer than `seq_len` tokens.
     """
 
     def __init__(
         self,
-        split: TokenSplit,
+        streams: TokenSplit | Sequence[TokenSplit],
         *,
         seq_len: int,
         global_batch_size: int,
@@ -77,6 +87,7 @@ class Loader:
         seed: int,
         packing: Packing,
         shuffle: bool,
+        mix: Mix | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -86,21 +97,27 @@ class Loader:
                 f"micro_batch_size {micro_batch_size} x {world_size} ranks",
                 fix=f"use a multiple of {micro_batch_size * world_size}",
             )
-        if split.num_tokens < seq_len:
-            raise DataError(
-                f"the {split.name} split has {split.num_tokens} tokens, fewer than one row of {seq_len}",
-                fix="add documents, or set train.seq_len lower",
-            )
-        self._split = split
+        self._streams = (streams,) if isinstance(streams, TokenSplit) else tuple(streams)
+        assert len(self._streams) == (len(mix.names) if mix else 1)
+        for stream in self._streams:
+            if stream.num_tokens < seq_len:
+                raise DataError(
+                    f"the {stream.name} split has {stream.num_tokens} tokens, fewer than one row of {seq_len}",
+                    fix="add documents, or set train.seq_len lower",
+                )
         self._seq_len = seq_len
         self._rows_per_step = global_batch_size
         self._micro_rows = micro_batch_size
         self._seed = seed
         self._packing: Packing = packing
         self._shuffle = shuffle
+        self._mix = mix
         self._rank = rank
         self._world_size = world_size
-        self.rows_per_epoch = split.num_tokens // seq_len
+        self.rows_per_epoch = mix.rows_per_epoch if mix else self._streams[0].num_tokens // seq_len
+        # Placing many rows costs hardly more than placing one: small steps share the work.
+        self._steps_at_once = max(1, PLACED_ROWS // global_batch_size)
+        self._placed: _Rows | None = None  # the rows placed last, which other steps may need too
 
     @property
     def steps_per_epoch(self) -> int:
@@ -109,15 +126,16 @@ class Loader:
 
     def step(self, step: int) -> StepBatch:
         """The batch of `step`, counted from 1, as if the steps before had been taken."""
-        samples, starts = self._samples(step)
+        rows = self._rows(step)
         stride = self._micro_rows * self._world_size
         offset = self._rank * self._micro_rows
-        batches = tuple(
-            _make_batch(self._split, starts[first : first + self._micro_rows], self._seq_len, self._packing)
-            for first in range(offset, self._rows_per_step, stride)
-        )
-        digest = xxhash.xxh3_64_hexdigest(samples.astype("<i8").tobytes())
-        return StepBatch(step, batches, sum(batch.num_targets for batch in batches), digest)
+        batches = []
+        for first in range(offset, self._rows_per_step, stride):
+            chosen = slice(first, first + self._micro_rows)
+            splits = [self._streams[index] for index in rows.streams[chosen]]
+            batches.append(_make_batch(splits, rows.starts[chosen], self._seq_len, self._packing))
+        digest = xxhash.xxh3_64_hexdigest(rows.samples.astype("<i8").tobytes())
+        return StepBatch(step, tuple(batches), sum(batch.num_targets for batch in batches), digest)
 
     def steps(self, start: int, stop: int, prefetch: int) -> Generator[StepBatch, None, None]:
         """The batches of the steps [start, stop); a thread holds up to `prefetch` of them ready.
@@ -126,25 +144,45 @@ class Loader:
         """
         return _read_ahead(self.step, start, stop, prefetch)
 
-    def _samples(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sample ids (epoch * R + window) and first positions of the step's global rows: two [rows] int64."""
-        rows = np.arange((step - 1) * self._rows_per_step, step * self._rows_per_step, dtype=np.int64)
-        per_epoch = self.rows_per_epoch
-        samples = np.empty_like(rows)
-        starts = np.empty_like(rows)
-        done = 0
-        while done < len(rows):
-            epoch = int(rows[done]) // per_epoch
-            stop = min(len(rows), done + (epoch + 1) * per_epoch - int(rows[done]))
-            windows = rows[done:stop] - epoch * per_epoch
-            phase = 0
-            if self._shuffle:
-                windows = permute(windows, per_epoch, _key(self._seed, epoch, _ORDER))
-                phase = _key(self._seed, epoch, _PHASE) % self._seq_len if epoch else 0
-            samples[done:stop] = epoch * per_epoch + windows
-            starts[done:stop] = (windows * self._seq_len + phase) % self._split.num_tokens
-            done = stop
-        return samples, starts
+    def _rows(self, step: int) -> _Rows:
+        """The global rows of the step, on every rank the same."""
+        first = (step - 1) * self._rows_per_step
+        together = self._steps_at_once * self._rows_per_step
+        placed = self._placed
+        if placed is None or not placed.first <= first < placed.first + len(placed.starts):
+            placed = self._placed = self._place(first - first % together, together)
+        own = slice(first - placed.first, first - placed.first + self._rows_per_step)
+        return _Rows(first, placed.samples[own], placed.streams[own], placed.starts[own])
+
+    def _place(self, first: int, count: int) -> _Rows:
+        rows = np.arange(first, first + count, dtype=np.int64)
+        if self._mix is None:
+            samples, starts = self._windows(rows, self._streams[0])
+            return _Rows(first, samples, [0] * count, starts)
+        sources, numbers = self._mix.place(rows, self._seed)
+        samples, starts = np.empty_like(rows), np.empty_like(rows)
+        for index, stream in enumerate(self._streams):
+            own = sources == index
+            ids, starts[own] = self._windows(numbers[own], stream, index)
+            samples[own] = ids * len(self._streams) + index
+        return _Rows(first, samples, sources.tolist(), starts)
+
+    def _windows(
+        self, numbers: np.ndarray, stream: TokenSplit, *source: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (epoch * R + window) and first positions of a stream's rows: two int64 arrays.
+
+        numbers: of the rows among those of the stream. source: its number in a mix, where each has its own order.
+        """
+        per_epoch = stream.num_tokens // self._seq_len
+        epochs = numbers // per_epoch
+        windows = numbers - epochs * per_epoch
+        phases = np.zeros_like(numbers)
+        for epoch in np.unique(epochs).tolist() if self._shuffle else ():
+            own = epochs == epoch
+            windows[own] = permute(windows[own], per_epoch, order_key(self._seed, epoch, ORDER, *source))
+            phases[own] = order_key(self._seed, epoch, PHASE, *source) % self._seq_len if epoch else 0
+        return epochs * per_epoch + windows, (windows * self._seq_len + phases) % stream.num_tokens
 
 
 def validation_batches(
@@ -161,7 +199,8 @@ def validation_batches(
 
     max_tokens limits them (at least one is read) to rows spread evenly over the split: its first documents alone,
     often of one source, would not speak for it. The micro-batches are the same for every world size and
-    dealt out in turn: a rank may yield one fewer than another, or none. Raises DataError for a tiny split.
+    dealt out in turn; where they do not come out even, the last one of a rank has no targets.
+    Raises DataError for a tiny split.
     """
     if split.num_tokens < 2:
         raise DataError(f"the {split.name} split has {split.num_tokens} tokens: nothing can be predicted",
@@ -172,56 +211,14 @@ def validation_batches(
     return _validation_batches(split, rows, seq_len, micro_batch_size, packing, rank, world_size)
 
 
-def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Images of `index` (int64 in [0, size)) under the keyed random permutation of range(size).
-
-    A Feistel network over mixed radix a x b >= size (Black and Rogaway, "Ciphers with Arbitrary Finite
-    Domains", 2002); an image outside [0, size) is mapped again until it is inside, so the map is a bijection.
-    """
-    if size == 1:
-        return np.zeros_like(index)
-    # At least 4 x 4: with a side of 1 the rounds would only rotate.
-    left = max(4, int(np.ceil(np.sqrt(size))))
-    right = max(4, -(-size // left))
-    values: np.ndarray = _feistel(index.astype(np.uint64), left, right, key)
-    while (outside := values >= np.uint64(size)).any():
-        values[outside] = _feistel(values[outside], left, right, key)
-    return values.astype(np.int64)
-
-
-def _feistel(values: np.ndarray, left: int, right: int, key: int) -> np.ndarray:
-    radix = (np.uint64(left), np.uint64(right))
-    halves: list[np.ndarray] = [values % radix[0], values // radix[0]]
-    for turn in range(_ROUNDS):
-        here, other = turn % 2, 1 - turn % 2
-        round_key = np.uint64(_mix_int(key + turn))
-        halves[here] = (halves[here] + _mix(halves[other] + round_key) % radix[here]) % radix[here]
-    return np.asarray(halves[1] * radix[0] + halves[0])
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Steele, Lea and Flood, 2014), elementwise."""
-    mixed: np.ndarray = values + _GOLDEN
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * _MIX_1
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * _MIX_2
-    return np.asarray(mixed ^ (mixed >> np.uint64(31)))
-
-
-def _mix_int(value: int) -> int:
-    return int(_mix(np.array([value & (2**64 - 1)], dtype=np.uint64))[0])
-
-
-def _key(seed: int, epoch: int, purpose: int) -> int:
-    return xxhash.xxh3_64_intdigest(f"{seed}/{epoch}/{purpose}".encode())
-
-
-def _make_batch(split: TokenSplit, starts: np.ndarray, seq_len: int, packing: Packing) -> Batch:
-    """Rows of seq_len + 1 tokens beginning at `starts`, read around the end of the stream."""
-    rows, total = len(starts), split.num_tokens
+def _make_batch(splits: Sequence[TokenSplit], starts: np.ndarray, seq_len: int, packing: Packing) -> Batch:
+    """Rows of seq_len + 1 tokens, row i beginning at starts[i] of splits[i], read around the end of that stream."""
+    rows = len(starts)
     window = np.empty((rows, seq_len + 1), dtype=np.int64)
     found: list[np.ndarray] = []  # document starts, as positions in the flattened rows
     for row, start in enumerate(starts.tolist()):
-        stop = start + seq_len + 1
+        split, stop = splits[row], start + seq_len + 1
+        total = split.num_tokens
         if stop <= total:
             window[row] = split.tokens(start, stop)
         else:
@@ -269,12 +266,21 @@ def _validation_batches(
     rank: int,
     world_size: int,
 ) -> Iterator[Batch]:
-    for first in range(rank * micro_rows, len(rows), world_size * micro_rows):
-        starts = rows[first : first + micro_rows] * seq_len
-        if int(starts[-1]) + seq_len + 1 <= split.num_tokens:
-            yield _make_batch(split, starts, seq_len, packing)
+    for first in range(0, len(rows), world_size * micro_rows):
+        starts = rows[first + rank * micro_rows :][:micro_rows] * seq_len
+        if not len(starts):
+            yield _blank_batch(split.eos_id, seq_len)
+        elif int(starts[-1]) + seq_len + 1 <= split.num_tokens:
+            yield _make_batch([split] * len(starts), starts, seq_len, packing)
         else:
             yield _padded_batch(split, starts, seq_len, packing)
+
+
+def _blank_batch(eos_id: int, seq_len: int) -> Batch:
+    """A row without targets, for a rank that has none left: a sharded model needs every rank in every forward pass."""
+    tokens = torch.full((1, seq_len), eos_id)
+    positions = torch.arange(seq_len)[None]
+    return Batch(tokens, torch.full_like(tokens, IGNORE_INDEX), positions, (0, seq_len), 0)
 
 
 def _padded_batch(split: TokenSplit, starts: np.ndarray, seq_len: int, packing: Packing) -> Batch:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self
@@ -40,6 +41,9 @@ class StoreManifest:
     quarantined: int  # malformed records that were set aside
     splits: dict[str, dict[str, Any]]  # per split: tokens, documents, text_bytes, parts
     files: dict[str, dict[str, Any]]  # every file of the store: bytes, xxh3_128 hash
+    # per source of a mix, in the order of the train split's parts: name, tokens, documents, text_bytes, number of parts
+    streams: list[dict[str, Any]] = field(default_factory=list)
+    duplicates: int = 0  # training documents that were left out because their text was there before
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,17 @@ class TokenSplit:
         ]
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
 
+    def documents(self, tokens: int = 4 << 20) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The stream in runs of whole documents, of about `tokens` tokens each: (tokens, lengths of the documents)."""
+        for part in self._parts:
+            done = 0
+            while done < len(part.starts) - 1:
+                first = int(part.starts[done])
+                stop = max(int(np.searchsorted(part.starts, first + tokens, "right")) - 1, done + 1)
+                starts = part.starts[done : stop + 1]
+                yield part.tokens[first : int(starts[-1])], np.diff(starts)
+                done = stop
+
     def _within(self, start: int, stop: int) -> tuple[_Part, ...]:
         low = int(np.searchsorted(self._firsts, start, "right")) - 1
         high = int(np.searchsorted(self._firsts, stop, "left"))
@@ -115,7 +130,7 @@ class TokenStore:
         """
         path = Path(path)
         if not path.is_dir():
-            raise DataError(f"{path}: no such token store", fix="prepare the data: trainway data prepare")
+            raise DataError(f"{path}: no such token store", fix="prepare the data: trainway prepare CONFIG")
         content = read_json(path / MANIFEST)
         if not isinstance(content, dict) or content.get("format") != FORMAT_VERSION:
             why = f"this version reads format {FORMAT_VERSION}"
@@ -128,10 +143,23 @@ class TokenStore:
             raise DataError(f"{path / MANIFEST}: altered", str(error), _cure(path)) from error
 
     def split(self, name: SplitName) -> TokenSplit:
-        """The split's stream of tokens, memory-mapped."""
+        """The split's stream of tokens, memory-mapped; of a mix, its sources' streams end to end."""
+        return self._stream(self.manifest.splits[name]["parts"], name)
+
+    def streams(self) -> tuple[TokenSplit, ...]:
+        """The streams that training rows come from: one for each source of a mix, else the training split."""
+        if not self.manifest.streams:
+            return (self.split("train"),)
+        entries = iter(self.manifest.splits["train"]["parts"])
+        return tuple(
+            self._stream(list(islice(entries, stream["parts"])), stream["name"])
+            for stream in self.manifest.streams
+        )
+
+    def _stream(self, entries: Sequence[dict[str, Any]], name: str) -> TokenSplit:
         parts: list[_Part] = []
         first = 0
-        for entry in self.manifest.splits[name]["parts"]:
+        for entry in entries:
             tokens = _map(self.path / entry["bin"], self.manifest.dtype)
             # Stored as uint64 and read as int64: a search with int64 keys then converts nothing.
             parts.append(_Part(tokens, _map(self.path / entry["idx"], "<i8"), first))
@@ -140,14 +168,21 @@ class TokenStore:
 
 
 class StoreWriter:
-    """Writes a store's files; a document that would take a part past `part_bytes` begins a new one."""
+    """Writes a store's files; a document that would take a part past `part_bytes` begins a new one.
 
-    def __init__(self, path: Path, vocab_size: int, part_bytes: int = PART_BYTES) -> None:
+    streams: names of the sources of a mix; each is written as a split of its own, called stream_key(its number).
+    """
+
+    def __init__(
+        self, path: Path, vocab_size: int, part_bytes: int = PART_BYTES, streams: Sequence[str] = ()
+    ) -> None:
         self.path = path
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self._part_tokens = max(1, part_bytes // self.dtype.itemsize)
         self._files: dict[str, dict[str, Any]] = {}
-        self._splits = {name: _SplitWriter(name) for name in ("train", "val")}
+        self._streams = tuple(streams)
+        train = [stream_key(number) for number in range(len(streams))] or ["train"]
+        self._splits = {name: _SplitWriter(name) for name in (*train, "val")}
         self.vocab_size = vocab_size
 
     def __enter__(self) -> Self:
@@ -189,16 +224,27 @@ class StoreWriter:
             name = path.relative_to(self.path).as_posix()
             if path.is_file() and name not in self._files:
                 self._files[name] = {"bytes": path.stat().st_size, "hash": hash_file(path)}
+        streams = [split.summary() for name, split in self._splits.items() if name != "val"]
         manifest = StoreManifest(
             format=FORMAT_VERSION,
             dtype=self.dtype.str,
             vocab_size=self.vocab_size,
-            splits={name: split.summary() for name, split in self._splits.items()},
+            splits={"train": _joined(streams), "val": self._splits["val"].summary()},
             files=dict(sorted(self._files.items())),
+            streams=[
+                {"name": name, **stream, "parts": len(stream["parts"])}
+                for name, stream in zip(
+                    self._streams, streams, strict=False
+                )  # without a mix there are no names
+            ],
             **facts,
         )
         atomic_write(self.path / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
         return manifest
+
+    def splits(self) -> list[str]:
+        """What may be appended to: "val" and "train", or the streams of a mix."""
+        return list(self._splits)
 
     def documents(self, name: str) -> int:
         """Documents of the split so far."""
@@ -262,6 +308,25 @@ class _SplitWriter:
             "text_bytes": self.text_bytes,
             "parts": self.parts,
         }
+
+
+def stream_key(number: int) -> str:
+    """What a StoreWriter calls the training split of source `number` of a mix."""
+    return f"train.{number}"
+
+
+def stream_number(key: str) -> int | None:
+    """The number of the source whose stream_key this is; None for "train" and "val"."""
+    _, dot, number = key.partition(".")
+    return int(number) if dot else None
+
+
+def _joined(streams: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The summary of the training split that the streams are, end to end."""
+    if len(streams) == 1:
+        return streams[0]
+    counted = {key: sum(stream[key] for stream in streams) for key in ("tokens", "documents", "text_bytes")}
+    return {**counted, "parts": [part for stream in streams for part in stream["parts"]]}
 
 
 def _starts_between(starts: np.ndarray, start: int, stop: int) -> np.ndarray:

@@ -75,10 +75,8 @@ class _Encoder:
     def __call__(self, batch: list[tuple[str, str, int]]) -> list[_Encoded]:
         encodings = self._backend.encode_batch_fast([text for _, text, _ in batch], add_special_tokens=False)
         result = []
-        for split in ("train", "val"):
+        for split in dict.fromkeys(item[0] for item in batch):
             chosen = [index for index, item in enumerate(batch) if item[0] == split]
-            if not chosen:
-                continue
             extra = len(self._before) + len(self._after)
             lengths = np.array([len(encodings[index]) + extra for index in chosen], dtype=np.int64)
             tokens = np.empty(int(lengths.sum()), dtype=self._dtype)

@@ -49,6 +49,14 @@ def test_the_warmup_ends_before_the_run() -> None:
     assert error.why == "the run has only 10 steps (settings)"
 
 
+def test_the_decay_of_wsd_begins_after_the_warmup() -> None:
+    schedule = {"name": "wsd", "warmup_steps": 60, "decay_ratio": 0.5}
+    error = refused({"train": {"total_steps": 100}, "schedule": schedule})
+    assert error.what.startswith("settings: schedule.warmup_steps 60 and the 50 steps")
+    assert error.fix == "set schedule.warmup_steps=10 or schedule.decay_ratio=0.4, or train for more steps"
+    assert load({"train": {"total_steps": 120}, "schedule": schedule}).schedule.decay_ratio == 0.5
+
+
 def test_a_shortened_run_shortens_a_warmup_that_the_user_did_not_set() -> None:
     # R26: a preset's 400,000 steps are easily shortened for a smoke run
     loaded = load_config("runpod_1b", ["total_steps=50"], environ={})
@@ -63,6 +71,8 @@ def test_a_shortened_run_shortens_a_warmup_that_the_user_did_not_set() -> None:
         (["muon_lr=0.1"], "optim.name is adamw"),
         (["muon_momentum=0.9"], "optim.name is adamw"),
         (["schedule=constant", "min_lr_ratio=0.2"], "schedule.name is constant"),
+        (["schedule=cosine", "decay_ratio=0.3"], "schedule.name is cosine"),
+        (["schedule=linear", "decay_shape=linear"], "schedule.name is linear"),
         (["tokenizer.path=tok", "tokenizer.vocab_size=500"], "no tokenizer is trained"),
         (["tokenizer.path=tok", "special_tokens=<|a|>"], "no tokenizer is trained"),
         (["tokenizer.path=tok", "sample_mib=5"], "no tokenizer is trained"),

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainway.data.loader import IGNORE_INDEX, Batch, Loader, permute, validation_batches
+from trainway.data.loader import IGNORE_INDEX, Batch, Loader, validation_batches
+from trainway.data.permutation import permute
 from trainway.data.store import StoreWriter, TokenSplit, TokenStore
 from trainway.errors import ConfigError, DataError
 
@@ -202,6 +203,38 @@ def test_resuming_at_any_step_gives_the_same_batches() -> None:
     assert loader.step(10**12).step == 10**12
 
 
+@pytest.mark.parametrize(
+    ("shuffle", "pinned"),
+    [
+        (
+            True,
+            {
+                1: "3048840d18264274",
+                2: "979354ca9377f7b2",
+                100: "654f760a9575939d",
+                10**9: "3665bdec5b8e689d",
+            },
+        ),
+        (
+            False,
+            {
+                1: "2e81a9d8a2d098ea",
+                2: "d26e693bf98b805b",
+                100: "e876ae0833bc06b7",
+                10**9: "4d4372e9dfa200e0",
+            },
+        ),
+    ],
+)
+def test_pinned(shuffle: bool, pinned: dict[int, str]) -> None:
+    """A changed order would silently give a resumed run other rows."""
+    loader = make_loader(make_split([5, 11, 3, 29, 16, 40, 7]), shuffle=shuffle)
+    assert {step: loader.step(step).sample_hash for step in pinned} == pinned
+    if shuffle:
+        firsts = [first for batch in loader.step(2).micro_batches for first in batch.input_ids[:, 0].tolist()]
+        assert firsts == [34, 66, 74, 82]
+
+
 def test_the_reading_thread_ends_with_the_iterator() -> None:
     before = threading.active_count()
     loader = make_loader(make_split([100]))
@@ -304,7 +337,15 @@ def test_validation_reads_the_same_batches_for_any_world_size() -> None:
         ranks = [validate(split, rank=rank, world_size=world_size) for rank in range(world_size)]
         for i, batch in enumerate(whole):
             assert same(batch, ranks[i % world_size][i // world_size])
-        assert sum(map(len, ranks)) == 7
+        # the ranks take as many forward passes each: those left over are blank
+        assert {len(batches) for batches in ranks} == {-(-7 // world_size)}
+        blank = [
+            batches[-1]
+            for rank, batches in enumerate(ranks)
+            if len(batches) * world_size - world_size + rank >= 7
+        ]
+        assert len(blank) == sum(map(len, ranks)) - 7
+        assert all(batch.num_targets == 0 and bool((batch.labels == IGNORE_INDEX).all()) for batch in blank)
 
 
 def test_limited_validation_reads_rows_spread_over_the_whole_split() -> None:

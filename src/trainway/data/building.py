@@ -1,0 +1,327 @@
+"""What every way of preparing shares: what a store is made from, its key, its tokenizer, its last checks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from transformers import PreTrainedTokenizerFast
+
+from trainway.config.mixes import source_name, train_sources
+from trainway.config.schema import RunConfig
+from trainway.data.dedup import Deduplicator
+from trainway.data.documents import (
+    HeldOut,
+    bad_records_error,
+    json_lines,
+    refuse_bad_records,
+    sample_texts,
+    split_texts,
+)
+from trainway.data.inputs import InputFile, Inputs, find_inputs, present_sources
+from trainway.data.mix import Mix, plan_mix
+from trainway.data.rows import BadRecord
+from trainway.data.store import (
+    FORMAT_VERSION,
+    QUARANTINE,
+    StoreManifest,
+    StoreWriter,
+    TokenStore,
+)
+from trainway.data.tokenise import has_bos, tokenise
+from trainway.data.tokenizer import (
+    load_tokenizer,
+    save_tokenizer,
+    token_bytes,
+    tokenizer_hash,
+    train_tokenizer,
+    vocab_size,
+)
+from trainway.data.turns import Progress, Turn
+from trainway.errors import ConfigError, DataError
+
+BAD_RECORDS = "bad-records"
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A verified token store. The name of `store_dir` is the hash of all that it was made from."""
+
+    store_dir: Path
+    tokenizer_dir: Path
+    manifest: StoreManifest
+    summary: str
+    cached: bool
+    absent: tuple[str, ...] = ()
+    """Names of the optional sources that are not there."""
+    mix: Mix | None = None
+    """How the sources are mixed, in rows of train.seq_len; None when they are one stream."""
+
+    def rows_per_epoch(self, seq_len: int) -> int:
+        """Rows of `seq_len` tokens in one pass over the data."""
+        tokens: int = self.manifest.splits["train"]["tokens"]
+        return self.mix.rows_per_epoch if self.mix else tokens // seq_len
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON values; the mix as {name, share} of each source."""
+        mix = self.mix and [
+            {"name": name, "share": float(share)}
+            for name, share in zip(self.mix.names, self.mix.shares, strict=True)
+        ]
+        return {
+            **asdict(self),
+            "store_dir": str(self.store_dir),
+            "tokenizer_dir": str(self.tokenizer_dir),
+            "mix": mix,
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one call prepares, settled before anything is written."""
+
+    config: RunConfig
+    cache: Path
+    inputs: Inputs
+    given: PreTrainedTokenizerFast | None
+    """The tokenizer to reuse; None means that one is trained."""
+    content: dict[str, Any]
+    """Everything that the store depends on: paths and the number of cores do not count."""
+    report: Progress
+    began: float
+
+    @property
+    def store_dir(self) -> Path:
+        return self.cache / content_key(self.content)
+
+    @property
+    def streams(self) -> list[str]:
+        """Names of the sources of a mix; empty without one."""
+        names = [source_name(source) for source in present_sources(self.config.data, self.inputs)]
+        return names if self.inputs.per_stream() else []
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Names of the optional sources that are not there."""
+        sources = enumerate(train_sources(self.config.data))
+        return tuple(source_name(source) for place, source in sources if place not in self.inputs.present)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """How many records of the sources are not in the store."""
+
+    quarantined: int = 0
+    duplicates: int = 0
+
+
+def settle(config: RunConfig, root: Path, report: Progress, began: float) -> Job:
+    """Check the settings, find and hash the sources, load the tokenizer.
+
+    Raises ConfigError for settings that contradict each other, DataError for missing or altered files.
+    """
+    _check_settings(config)
+    given = load_tokenizer(root / Path(config.tokenizer.path).expanduser()) if config.tokenizer.path else None
+    if given is not None:
+        check_vocab_size(config, vocab_size(given))
+    cache = root / Path(config.data.store_dir).expanduser()
+    inputs = find_inputs(config.data, root, cache, report, began)
+    return Job(config, cache, inputs, given, _content(config, inputs, given), report, began)
+
+
+def content_key(content: dict[str, Any]) -> str:
+    """32 hex digits that differ whenever the store would."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def clear_stale(path: Path) -> None:
+    """Remove what a killed process left of the directory `path`, whose lock is ours."""
+    for stale in path.parent.glob(f"{path.name}.tmp-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def write_tokenizer(job: Job, out: Path) -> PreTrainedTokenizerFast:
+    """Save the tokenizer to reuse in the directory `out`, or train one there; as every later reader sees it.
+
+    Raises DataError for malformed records, where they are errors.
+    """
+    config = job.config
+    if job.given is not None:
+        save_tokenizer(job.given, out)
+    else:
+        bad: list[BadRecord] = []
+        sources, budget = job.inputs.of("train"), config.tokenizer.sample_mib << 20
+        train_tokenizer(
+            sample_texts(sources, config.data, HeldOut(config), budget, bad),
+            config.tokenizer,
+            out,
+            progress=lambda done, total, label: job.report(label, done, total),
+            total=min(budget, sum(source.size for source in sources)),
+        )
+        if bad and config.data.on_bad_record == "error":  # the sample may not have met them all
+            refuse_bad_records(
+                job.inputs.files, config.data, HeldOut(config), job.cache / f"{BAD_RECORDS}.jsonl"
+            )
+    tokenizer = load_tokenizer(out)
+    check_vocab_size(config, vocab_size(tokenizer))
+    return tokenizer
+
+
+def write_documents(
+    job: Job,
+    files: Sequence[InputFile],
+    tokenizer: PreTrainedTokenizerFast,
+    writer: StoreWriter,
+    listing: str,
+) -> LeftOut:
+    """Tokenise the documents of `files` into `writer`; returns how many were left out.
+
+    Raises DataError for them where they are errors; `listing` is then the file, in the cache, that lists them all.
+    """
+    bad: list[BadRecord] = []
+    total = sum(file.source.size for file in files)
+    seen = Deduplicator() if job.config.data.dedup else None
+
+    def report(done: int) -> None:
+        job.report("tokenising", done, total)
+
+    texts = split_texts(files, job.config.data, HeldOut(job.config), bad, report, seen)
+    tokenise(texts, tokenizer, writer)
+    if bad and job.config.data.on_bad_record == "error":
+        raise bad_records_error(bad, job.cache / listing)
+    if bad:
+        (writer.path / QUARANTINE).write_text(json_lines(bad), encoding="utf-8")
+    return LeftOut(len(bad), seen.duplicates if seen else 0)
+
+
+def finish_store(
+    job: Job,
+    writer: StoreWriter,
+    tokenizer: PreTrainedTokenizerFast,
+    files: Sequence[InputFile],
+    left_out: LeftOut,
+) -> StoreManifest:
+    """Write the manifest of a store of `files`."""
+    sources: dict[str, list[dict[str, Any]]] = {"train": [], "validation": []}
+    for file in files:
+        entry = {"path": str(file.source.path), "size": file.source.size, "hash": file.source.hash}
+        sources[file.setting].append(entry)
+    return writer.finish(
+        token_bytes(tokenizer),
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        bos_id=tokenizer.bos_token_id if has_bos(tokenizer) else None,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        sources=sources,
+        **asdict(left_out),
+    )
+
+
+def check_documents(job: Job, writer: StoreWriter) -> None:
+    """Raise DataError when a split or a source of a mix has no document."""
+    train = [name for name in writer.splits() if name != "val"]
+    count = sum(writer.documents(name) for name in train)
+    if not count:
+        raise DataError(
+            "there is no training document", fix="add sources to data.train, or lower data.val_ratio"
+        )
+    for name, key in zip(job.streams, train, strict=False):
+        if not writer.documents(key):
+            raise DataError(
+                f"data.train: the source {name} has no training document",
+                "a source of a mix gives its share of the rows",
+                "add documents to it, or leave it out",
+            )
+    if not writer.documents("val"):
+        raise DataError(
+            "there is no validation document",
+            f"data.val_ratio {job.config.data.val_ratio:g} held out none of {count} documents",
+            "raise data.val_ratio, name validation sources (data.validation), or, for text files, cut them into "
+            "more documents: data.text_unit=paragraph",
+        )
+
+
+def open_prepared(job: Job, own: Turn, cached: bool) -> PreparedData:
+    """Verify the finished store: every byte, unless another process did while this one waited for its turn.
+
+    Raises DataError for an altered file, and for a source of a mix that is shorter than one row.
+    """
+    store = TokenStore.open(job.store_dir, verify=not own.finished_since(job.began))
+    own.finish()
+    check_vocab_size(job.config, store.manifest.vocab_size)
+    present = present_sources(job.config.data, job.inputs)
+    mix = None
+    if store.manifest.streams:
+        counts = [stream["tokens"] for stream in store.manifest.streams]
+        mix = plan_mix(present, counts, job.config.train.seq_len)
+    manifest = store.manifest
+    return PreparedData(
+        job.store_dir, store.tokenizer_dir, manifest, _summary(manifest), cached, job.absent, mix
+    )
+
+
+def check_vocab_size(config: RunConfig, tokenizer_size: int) -> None:
+    """Raise ConfigError when the model's embedding has fewer rows than the tokenizer has ids."""
+    rows = config.model.vocab_size
+    if rows is not None and rows < tokenizer_size:
+        raise ConfigError(
+            f"model.vocab_size {rows} is smaller than the tokenizer's vocabulary of {tokenizer_size}",
+            "the embedding needs a row for each token",
+            f"leave model.vocab_size empty, or set tokenizer.vocab_size to {rows} at most",
+        )
+
+
+def _check_settings(config: RunConfig) -> None:
+    data = config.data
+    if not data.train:
+        raise ConfigError(
+            "data.train names no source", fix="name files, directories or patterns: data.train=[...]"
+        )
+    if not data.validation and data.val_ratio in (0, 1):
+        left = "validation" if data.val_ratio == 0 else "training"
+        raise ConfigError(
+            f"data.val_ratio {data.val_ratio:g} leaves no {left} document",
+            fix="set data.val_ratio to about 0.01, or name validation sources: data.validation=[...]",
+        )
+    if not config.tokenizer.path:
+        check_vocab_size(config, config.tokenizer.vocab_size)
+
+
+def _content(config: RunConfig, inputs: Inputs, tokenizer: PreTrainedTokenizerFast | None) -> dict[str, Any]:
+    data = config.data
+    learnt = config.tokenizer.model_dump(mode="json", exclude={"path"})
+    content = {
+        "format": FORMAT_VERSION,
+        "sources": {
+            setting: [[s.kind, s.text_unit, s.size, s.hash] for s in inputs.of(setting)]
+            for setting in ("train", "validation")
+        },
+        "tokenizer": learnt if tokenizer is None else [tokenizer_hash(tokenizer), tokenizer.chat_template],
+        "text_field": data.text_field,
+        "max_document_mib": data.max_document_mib,
+        "on_bad_record": data.on_bad_record,
+        "split": None if data.validation else [data.val_ratio, config.seed],
+    }
+    # Weights, epochs and names are not part of it: another mix of the same sources is found prepared.
+    if inputs.per_stream():
+        content["streams"] = inputs.per_stream()
+    if data.dedup:
+        content["dedup"] = True
+    return content
+
+
+def _summary(manifest: StoreManifest) -> str:
+    train, val = manifest.splits["train"], manifest.splits["val"]
+    text = (
+        f"{train['documents']:,} documents, {train['tokens']:,} tokens for training; "
+        f"{val['documents']:,} documents, {val['tokens']:,} tokens for validation; "
+        f"{train['text_bytes'] / max(1, train['tokens'] - 2 * train['documents']):.2f} bytes per token"
+    )
+    if manifest.duplicates:
+        text += f"; {manifest.duplicates:,} duplicates left out"
+    return text + (f"; {manifest.quarantined:,} malformed records set aside" if manifest.quarantined else "")
