@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -10,9 +11,11 @@ from typing import Annotated
 import typer
 
 from trainway import __version__
-from trainway.cli import config, data, model, quickstart, runs, train
+from trainway.cli import config, data, model, orchestrate, quickstart, runs, train
 from trainway.cli.terminal import emit, is_main_rank, print_error
 from trainway.errors import ExitCode, PeerFailed, Stopped, UserError
+
+DEBUG_VARIABLE = "TRAINWAY_DEBUG"
 
 app = typer.Typer(
     name="trainway",
@@ -25,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (quickstart, config, data, train, model, runs):
+for group in (quickstart, config, data, orchestrate, train, model, runs):
     group.register(app)
 
 
@@ -33,9 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code; see `trainway.errors.ExitCode`. Nothing is raised."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     own = words[: words.index("--")] if "--" in words else words
-    debug = "--debug" in own
-    if debug:
-        words.remove("--debug")
+    if "--debug" not in own:
+        return _run(words, debug=DEBUG_VARIABLE in os.environ)
+    words.remove("--debug")
+    os.environ[DEBUG_VARIABLE] = "1"  # for the ranks of a run, too
+    try:
+        return _run(words, debug=True)
+    finally:
+        del os.environ[DEBUG_VARIABLE]
+
+
+def _run(words: list[str], *, debug: bool) -> int:
     try:
         result = typer.main.get_command(app).main(args=words, prog_name="trainway", standalone_mode=False)
         return result if isinstance(result, int) else ExitCode.DONE
@@ -47,9 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ExitCode.INTERNAL
     except Stopped as stopped:
         if is_main_rank():
-            print(
-                f"stopped: step {stopped.step} is saved; run the same command again to go on", file=sys.stderr
-            )
+            print(f"{stopped}; run the same command again to go on", file=sys.stderr)
         return ExitCode.STOPPED
     except typer.TyperException as error:
         if type(error).__name__ == "NoArgsIsHelpError":

@@ -7,15 +7,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 import psutil
 
 from trainway.config.load import load_config
 from trainway.config.schema import EngineConfig, RunConfig
-from trainway.errors import ConfigError
+from trainway.errors import ConfigError, ExitCode
+from trainway.launch.network import communication_environment, doubtful_settings
+from trainway.launch.nodes import ALONE, Meeting, plan_meeting
+from trainway.logs import stage, start_logging, warn
 
 if TYPE_CHECKING:  # the runtime import of torch waits until training really happens in this process
     from trainway.training.session import RunResult
@@ -24,6 +30,11 @@ ResumeChoice = Literal["auto", "never"] | int
 PrepareProgress = Callable[[str, int, int], None]
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PARENT = "TRAINWAY_PARENT"
+"""Tells an agent, and its ranks, which process has started them."""
+SHUTDOWN_S = 600
+"""Time that ranks have to save when they are asked to stop."""
+_GRACE_S = 5.0  # for an agent without ranks: there is nothing to save
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
@@ -47,9 +58,11 @@ def start_training(
     config = load_config(source, overrides).config
     if not under_launcher():
         count = process_count(config.engine)
-        if count > 1 or torchrun_args:
+        meeting = plan_meeting(torchrun_args, count, config.engine)
+        if count > 1 or meeting.nodes > 1 or torchrun_args:
+            start_logging(config.log.level, is_main=True)
             again = ["train", str(source), *overrides, "--resume", str(resume)]
-            return run_processes(count, again + ["--allow-changes"] * allow_changes, torchrun_args)
+            return run_processes(count, again + ["--allow-changes"] * allow_changes, torchrun_args, meeting)
     train_here(config, resume=resume, allow_changes=allow_changes, progress=progress)
     return 0
 
@@ -64,6 +77,9 @@ def train_here(
     """Train in this process, which is the whole run or one rank of it."""
     from trainway.recipes.pretrain import pretrain
 
+    if spans_nodes() and PARENT not in os.environ:  # our own launching command has seen to it
+        start_logging(config.log.level, is_main=os.environ["RANK"] == "0")
+        os.environ.update(_shown(communication_environment()))
     match config.recipe:
         case "pretrain":
             return pretrain(config, resume=resume, allow_changes=allow_changes, progress=progress)
@@ -89,10 +105,22 @@ def process_count(engine: EngineConfig, environ: Mapping[str, str] = os.environ)
     return max(1, sum(line.startswith("GPU ") for line in listed.stdout.splitlines()))
 
 
-def run_processes(nproc: int, arguments: Sequence[str], torchrun_args: Sequence[str] = ()) -> int:
+def spans_nodes(environ: Mapping[str, str] = os.environ) -> bool:
+    """True in a rank of a run that has ranks on other machines too."""
+    local = environ.get("LOCAL_WORLD_SIZE", "")
+    return under_launcher(environ) and local != "" and local != environ["WORLD_SIZE"]
+
+
+def run_processes(
+    nproc: int,
+    arguments: Sequence[str],
+    torchrun_args: Sequence[str] = (),
+    meeting: Meeting = ALONE,
+) -> int:
     """Run `trainway <arguments>` in `nproc` processes under torchrun; returns the run's exit code.
 
-    SIGINT and SIGTERM are passed on: the ranks save a checkpoint and end with exit code 75.
+    SIGINT and SIGTERM are passed on: the ranks save a checkpoint and end with exit code 75. So does a run that has
+    nothing to save yet.
 
     Raises:
         ConfigError: a torchrun argument contradicts ours.
@@ -101,47 +129,76 @@ def run_processes(nproc: int, arguments: Sequence[str], torchrun_args: Sequence[
         raise ConfigError(
             "--nproc-per-node is set twice", "Trainway sets it from --nproc", "leave it out after --"
         )
-    rendezvous = (
-        []
-        if any(arg.startswith(("--nnodes", "--rdzv", "--master")) for arg in torchrun_args)
-        else ["--standalone"]
-    )
     command = [
         sys.executable,
         "-m",
         "trainway.launch.agent",
-        *rendezvous,
+        *meeting.arguments,
         f"--nproc-per-node={nproc}",
         *torchrun_args,
     ]
     command += ["-m", "trainway", *arguments]
     # A session of its own: Ctrl-C reaches the ranks once, through us, and not torchrun behind their back.
-    agent = subprocess.Popen(command, start_new_session=True, env=_agent_environment())
-    previous = {name: signal.signal(name, lambda number, frame: _stop_ranks(agent)) for name in STOP_SIGNALS}
+    agent = subprocess.Popen(command, start_new_session=True, env=_agent_environment(meeting))
+    stop = _Stop(agent)
+    previous = {name: signal.signal(name, stop.on_signal) for name in STOP_SIGNALS}
     try:
-        return agent.wait()
+        return stop.exit_code()
     finally:
         for name, handler in previous.items():
             signal.signal(name, handler)
 
 
-def _stop_ranks(agent: subprocess.Popen[bytes]) -> None:
-    # Straight to the ranks, past torchrun: so it reports how they really ended.
-    try:
-        ranks = psutil.Process(agent.pid).children()
-    except psutil.NoSuchProcess:
-        return
-    for process in ranks:
-        process.terminate()
-    if not ranks:
-        agent.terminate()
+class _Stop:
+    """Passes a request to stop on to the ranks of an agent, straight to them: so it reports how they really ended."""
+
+    def __init__(self, agent: subprocess.Popen[bytes]) -> None:
+        self.agent = agent
+        self.asked = False
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        ranks = self._ranks()
+        for process in ranks:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        if not ranks:
+            self.agent.terminate()
+            # While torchrun waits for other nodes it hears no signal, and has nothing to save.
+            timer = threading.Timer(_GRACE_S, lambda: None if self._ranks() else self.agent.kill())
+            timer.daemon = True
+            timer.start()
+        self.asked = True
+
+    def exit_code(self) -> int:
+        """Wait for the end; 75 too when the run was asked to stop before it had anything to save."""
+        code = self.agent.wait()
+        unsaved = code in (128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL)
+        return ExitCode.STOPPED if self.asked and unsaved else code
+
+    def _ranks(self) -> list[psutil.Process]:
+        try:
+            found: list[psutil.Process] = psutil.Process(self.agent.pid).children()
+            return found
+        except psutil.NoSuchProcess:
+            return []
 
 
-def _agent_environment() -> dict[str, str]:
+def _agent_environment(meeting: Meeting) -> dict[str, str]:
     # Ranks get ten minutes to save before torchrun ends them; its own default of 30 s is short for a large model.
+    told = communication_environment(master=meeting.master) if meeting.nodes > 1 else {}
     return {
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_S),
         "OMP_NUM_THREADS": "1",
         **os.environ,
-        "TRAINWAY_PARENT": str(os.getpid()),
+        **_shown(told),
+        PARENT: str(os.getpid()),
     }
+
+
+def _shown(environment: Mapping[str, str]) -> Mapping[str, str]:
+    """The same environment, told to the user, with what is doubtful in theirs."""
+    for note in doubtful_settings():
+        warn(note)
+    if environment:
+        stage("DDP", "set " + ", ".join(f"{name}={value}" for name, value in environment.items()))
+    return environment
