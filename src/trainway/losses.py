@@ -15,8 +15,13 @@ CPU_CHUNK_LOGITS = 2**22
 """Logits that a CPU holds at a time, 16 MiB: the allocator keeps such a block instead of returning its pages."""
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, z_loss: float = 0.0
+) -> Tensor:
     """Sum of the negative log-likelihoods (nats) of `labels` under the logits hidden @ weight.T; 0-d fp32.
+
+    With z_loss: that sum, and z_loss times the sum over targets of logsumexp(logits)^2 (Chowdhery et al. 2022, PaLM,
+    arXiv 2204.02311, section 5); [2] fp32. The gradient is that of their sum, so go backward from `.sum()`.
 
     hidden [N, H], weight [V, H], labels [N] with `IGNORE_INDEX` where there is no target. At most `chunk_tokens` rows
     of logits are alive at a time. Gradients are made in the forward pass while a chunk's probabilities are at hand,
@@ -31,7 +36,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_t
     # the Function's own forward runs without grad mode, so what needs a gradient is settled here
     grads = torch.is_grad_enabled()
     needs = (grads and hidden.requires_grad, grads and weight.requires_grad)
-    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_tokens, needs)
+    sums: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, chunk_tokens, z_loss, needs)
+    return sums if z_loss else sums.sum()  # not sums[0]: FSDP2 warns of views
 
 
 @torch.no_grad()
@@ -49,10 +55,16 @@ def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int)
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, needs: tuple[bool, bool]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk_tokens: int,
+        z_loss: float,
+        needs: tuple[bool, bool],
     ) -> Tensor:
         x, w, stat_type = _gemm_operands(hidden, weight)
-        loss = x.new_zeros((), dtype=stat_type)
+        sums = x.new_zeros(2 if z_loss else 1, dtype=stat_type)
         d_hidden = torch.empty_like(x) if needs[0] else None
         d_weight = torch.zeros_like(weight, dtype=stat_type) if needs[1] else None
         # inside the Function autocast is still on and would undo the choice of types
@@ -60,11 +72,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             buffer = _logit_buffer(x, w, chunk_tokens)
             for start, part in _chunks(labels, buffer.shape[0]):
                 rows = x[start : start + part.shape[0]]  # [n, H]
-                log_probs, nll = _chunk_log_probs(rows, w, stat_type, part, buffer)
-                loss += nll.sum()
+                log_probs, nll, log_z = _chunk_log_probs(rows, w, stat_type, part, buffer, bool(z_loss))
+                sums[0] += nll.sum()
+                if log_z is not None:
+                    sums[1] += z_loss * log_z.square().sum()
                 if not any(needs):
                     continue
-                d_logits = _logit_gradient(log_probs, part).to(x.dtype)  # [n, V]
+                pull = None if log_z is None else 2 * z_loss * log_z
+                d_logits = _logit_gradient(log_probs, part, pull).to(x.dtype)  # [n, V]
                 if d_hidden is not None:
                     torch.mm(d_logits, w, out=d_hidden[start : start + part.shape[0]])
                 if d_weight is not None and d_weight.dtype == d_logits.dtype:
@@ -75,15 +90,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if d_hidden is None else d_hidden.to(hidden.dtype),
             None if d_weight is None else d_weight.to(weight.dtype),
         )
-        return loss
+        return sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
+        grad_loss = grad_sums[0]
+        # only where looking does not wait for the device
+        if grad_sums.numel() == 2 and grad_sums.device.type == "cpu":
+            assert bool((grad_sums == grad_loss).all()), "the gradient is that of the sum of both losses"
         return (
             None if d_hidden is None else d_hidden * grad_loss.to(d_hidden.dtype),
             None if d_weight is None else d_weight * grad_loss.to(d_weight.dtype),
+            None,
             None,
             None,
             None,
@@ -111,24 +131,36 @@ def _logit_buffer(rows: Tensor, weight: Tensor, chunk_tokens: int) -> Tensor:
 
 
 def _chunk_log_probs(
-    rows: Tensor, weight: Tensor, stat_type: torch.dtype, labels: Tensor, buffer: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [n, V] and the loss of each row [n], 0 for an ignored one. Writes over `buffer`."""
+    rows: Tensor,
+    weight: Tensor,
+    stat_type: torch.dtype,
+    labels: Tensor,
+    buffer: Tensor,
+    with_log_z: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probabilities [n, V], the loss of each row [n] and, if wanted, logsumexp of its logits [n]; the last two are
+    0 for an ignored row. Writes over `buffer`."""
     logits = torch.mm(rows, weight.t(), out=buffer[: rows.shape[0]])
+    ignored = labels == IGNORE_INDEX
+    targets = labels.masked_fill(ignored, 0)[:, None]
+    # log_softmax may write over the logits; one of each row, kept, gives the normaliser back: logit - log-probability
+    kept = logits.gather(1, targets)[:, 0].to(stat_type) if with_log_z else None
     if logits.device.type == "cpu" and logits.dtype == stat_type:
         # CPU's kernel finishes a row before it writes it, so it can work in place
         log_probs = torch.log_softmax(logits, -1, out=logits)
     else:
         log_probs = torch.log_softmax(logits, -1, dtype=stat_type)
-    ignored = labels == IGNORE_INDEX
-    picked = log_probs.gather(1, labels.masked_fill(ignored, 0)[:, None])[:, 0]
-    return log_probs, -picked.masked_fill(ignored, 0.0)
+    picked = log_probs.gather(1, targets)[:, 0]
+    log_z = None if kept is None else (kept - picked).masked_fill(ignored, 0.0)
+    return log_probs, -picked.masked_fill(ignored, 0.0), log_z
 
 
-def _logit_gradient(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """softmax - one-hot, in place; rows of ignored labels are 0."""
+def _logit_gradient(log_probs: Tensor, labels: Tensor, pull: Tensor | None = None) -> Tensor:
+    """softmax * (1 + pull) - one-hot, in place, `pull` [n] 0 where empty; rows of ignored labels are 0."""
     ignored = labels == IGNORE_INDEX
     probs = log_probs.exp_()
+    if pull is not None:
+        probs.mul_(1.0 + pull[:, None])
     targets = labels.masked_fill(ignored, 0)[:, None]
     probs.scatter_add_(1, targets, probs.new_full((), -1.0).expand(targets.shape))
     if log_probs.device.type == "cpu":

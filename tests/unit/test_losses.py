@@ -97,3 +97,77 @@ def test_token_nll_sums_to_the_loss():
     torch.testing.assert_close(per_token, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(per_token.sum(), linear_cross_entropy(hidden, weight, labels, 8))
     assert token_nll(hidden[:0], weight, labels[:0], 8).shape == (0,)
+
+
+def _plain_losses(hidden, weight, labels, z_loss):
+    """Cross-entropy and z-loss, with logits whole and gradients by autograd."""
+    logits = F.linear(hidden, weight)
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    log_z = logits.logsumexp(-1)[labels != IGNORE_INDEX]
+    nll = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE_INDEX)
+    return torch.stack([nll, z_loss * log_z.square().sum()])
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 1000])
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+def test_z_loss_equals_autograd(chunk, ignored, dtype, tolerance):
+    hidden, weight, labels = _case(dtype=dtype, ignored=ignored)
+    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    theirs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    sums, expected = linear_cross_entropy(*ours, labels, chunk, 0.05), _plain_losses(*theirs, labels, 0.05)
+    (sums.sum() / 7).backward()
+    (expected.sum() / 7).backward()
+    assert sums.dtype == dtype and sums.shape == (2,)
+    torch.testing.assert_close(sums, expected, rtol=tolerance, atol=0)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_z_loss_gradcheck():
+    hidden, weight, labels = _case(rows=7, width=4, vocab=6, dtype=torch.float64)
+    inputs = hidden.requires_grad_(), weight.requires_grad_()
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, labels, 3, 0.3).sum(), inputs)
+
+
+def test_z_loss_under_autocast():
+    hidden, weight, labels = _case(rows=64, width=64, vocab=200)
+    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    theirs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        sums = linear_cross_entropy(*ours, labels, 16, 0.05)
+        expected = _plain_losses(*theirs, labels, 0.05)
+    sums.sum().backward()
+    expected.sum().backward()
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(sums, expected, rtol=1e-4, atol=0)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.grad.dtype == torch.float32
+        assert (a.grad - b.grad).norm() < 1e-2 * b.grad.norm()
+
+
+def test_z_loss_leaves_the_cross_entropy_as_it_was():
+    hidden, weight, labels = _case()
+    alone = linear_cross_entropy(hidden, weight, labels, 8)
+    assert torch.equal(linear_cross_entropy(hidden, weight, labels, 8, 1e-4)[0], alone)
+
+
+def test_z_loss_of_large_logits():
+    # logits 1000 and -1000: the normaliser is 1000 in either row, whichever logit is the label's
+    hidden, weight = torch.full((2, 1), 1e3), torch.tensor([[1.0], [-1.0]])
+    sums = linear_cross_entropy(hidden, weight, torch.tensor([0, 1]), 8, 1e-2)
+    torch.testing.assert_close(sums, torch.tensor([2e3, 2e4]))
+
+
+def test_z_loss_refuses_a_gradient_of_one_part():
+    hidden, weight, labels = _case()
+    with pytest.raises(AssertionError, match="sum of both"):
+        linear_cross_entropy(hidden.requires_grad_(), weight, labels, 8, 0.1)[0].backward()
+
+
+def test_z_loss_without_targets_is_zero():
+    hidden, weight, labels = _case()
+    hidden.requires_grad_()
+    sums = linear_cross_entropy(hidden, weight, torch.full_like(labels, IGNORE_INDEX), 8, 0.1)
+    sums.sum().backward()
+    assert sums.tolist() == [0.0, 0.0] and not hidden.grad.any()

@@ -34,17 +34,19 @@ class ParameterCount:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one rank of single or ddp; `logits` is all that the loss holds, `total` the sum."""
+    """Bytes on one rank; `logits` is all that the loss holds, `gathered` what fsdp holds of others' shards."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
     logits: int
+    gathered: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        states = self.weights + self.gradients + self.optimizer
+        return states + self.activations + self.logits + self.gathered
 
 
 def padded_vocab_size(size: int) -> int:
@@ -105,11 +107,13 @@ def memory_bytes(
     seq_len: int,
     loss_chunk_tokens: int,
     optimizer: Literal["adamw", "muon"] = "adamw",
-    checkpointing: Literal["none", "full"] = "none",
+    checkpointing: Literal["none", "selective", "full"] = "none",
     half_precision: bool = False,
+    shards: int | None = None,
 ) -> MemoryEstimate:
-    """Estimated bytes of one rank of single or ddp: fp32 weights, and `half_precision` for autocast to bf16 or fp16.
+    """Estimated bytes of one rank: fp32 weights, and `half_precision` for autocast to bf16 or fp16.
 
+    `shards`: ranks over which fsdp cuts the states; None for single and ddp.
     Activations are what autograd keeps of transformers' own blocks (Korthikanti et al. 2022 counts the same way);
     the allocator's slack and the CUDA context, about 1 GiB, come on top.
     """
@@ -119,10 +123,12 @@ def memory_bytes(
     if optimizer == "muon":
         moments -= model.num_layers * _block_matrices(model) * FP32  # one momentum, no second moment
     tokens = micro_batch_size * seq_len
+    count = shards or 1
     return MemoryEstimate(
-        weights=weights,
-        gradients=weights,
-        optimizer=moments,
+        weights=weights // count,
+        gradients=weights // count,
+        optimizer=moments // count,
+        gathered=_gathered_bytes(model, counts, half_precision) if shards else 0,
         activations=tokens * _activation_bytes_per_token(model, checkpointing, half_precision),
         logits=_loss_bytes(model, vocab_size, tokens, min(tokens, loss_chunk_tokens), half_precision),
     )
@@ -133,6 +139,13 @@ def _block_matrices(model: ModelConfig) -> int:
     num_heads, num_kv_heads, head_dim = head_geometry(model)
     attention = 2 * model.hidden_size * head_dim * (num_heads + num_kv_heads)
     return attention + 3 * model.hidden_size * model.intermediate_size
+
+
+def _gathered_bytes(model: ModelConfig, counts: ParameterCount, half_precision: bool) -> int:
+    """Weights and gradients outside the blocks, and of two blocks: the next one is gathered while one computes."""
+    block = _block_matrices(model)
+    outside = counts.total - model.num_layers * block
+    return 2 * FP32 * outside + 2 * block * ((2 if half_precision else FP32) + FP32)
 
 
 def _activation_bytes_per_token(model: ModelConfig, checkpointing: str, half_precision: bool) -> int:
@@ -150,6 +163,9 @@ def _activation_bytes_per_token(model: ModelConfig, checkpointing: str, half_pre
     )  # gate, silu(gate), up and their product
     if checkpointing == "full":
         return model.num_layers * FP32 * model.hidden_size + block + norm
+    if checkpointing == "selective":  # the block's input, and what its matrix products and attention gave
+        products = size * (2 * model.hidden_size + 2 * model.intermediate_size) + attention
+        return model.num_layers * (FP32 * model.hidden_size + products) + block + norm
     return model.num_layers * block + norm
 
 

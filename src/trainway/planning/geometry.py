@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trainway.config.schema import RunConfig
+from trainway.config.schema import EngineConfig, RunConfig, ScheduleConfig
 from trainway.errors import ConfigError
 from trainway.planning.arithmetic import count_parameters, flops_per_token, memory_bytes, padded_vocab_size
 
@@ -31,7 +32,8 @@ def resolve_geometry(config: RunConfig, world_size: int, rows_per_epoch: int | N
     """The batch and the length of the run on `world_size` ranks; `rows_per_epoch` is the rows of the training split.
 
     Steps per epoch are rows / global_batch_size to the nearest whole step, at least 1. Raises ConfigError when the
-    global batch does not divide evenly, when it disagrees with grad_accum_steps, or when the warm-up outlasts the run.
+    global batch does not divide evenly, when it disagrees with grad_accum_steps, when the warm-up outlasts the run or
+    overlaps with the decay of wsd.
     """
     if world_size < 1:
         raise ConfigError(
@@ -58,6 +60,8 @@ def resolve_geometry(config: RunConfig, world_size: int, rows_per_epoch: int | N
             f"the run has only {total_steps} steps of {global_batch} rows",
             f"set schedule.warmup_steps={total_steps // 10}, or train for more steps",
         )
+    if total_steps is not None and (overlap := decay_overlap(config.schedule, total_steps)):
+        raise overlap
     return Geometry(
         world_size=world_size,
         micro_batch_size=train.micro_batch_size,
@@ -69,6 +73,34 @@ def resolve_geometry(config: RunConfig, world_size: int, rows_per_epoch: int | N
         steps_per_epoch=steps_per_epoch,
         epochs=epochs,
     )
+
+
+def decay_steps(schedule: ScheduleConfig, total_steps: int) -> int:
+    """Steps over which wsd decays: the last decay_ratio of the run to the nearest whole step, at least 1."""
+    return max(1, round(schedule.decay_ratio * total_steps))
+
+
+def decay_overlap(schedule: ScheduleConfig, total_steps: int) -> ConfigError | None:
+    """What is wrong when wsd would begin to decay before it has warmed up; None when nothing is."""
+    falling, warming = decay_steps(schedule, total_steps), schedule.warmup_steps
+    if schedule.name != "wsd" or warming + falling <= total_steps:
+        return None
+    cures = [f"schedule.warmup_steps={min(total_steps // 10, total_steps - falling)}"]
+    if ratio := math.floor(1e4 * (total_steps - warming) / total_steps) / 1e4:
+        cures.append(f"schedule.decay_ratio={ratio:g}")
+    return ConfigError(
+        f"schedule.warmup_steps {warming} and the {falling} steps of schedule.decay_ratio "
+        f"{schedule.decay_ratio:g} overlap",
+        f"the run has only {total_steps} steps, and wsd decays after its warm-up",
+        f"set {' or '.join(cures)}, or train for more steps",
+    )
+
+
+def shard_count(engine: EngineConfig, world_size: int) -> int | None:
+    """Ranks over which fsdp cuts a model's states; None under another engine."""
+    if engine.name != "fsdp":
+        return None
+    return engine.shard_ranks or world_size if engine.sharding == "hybrid" else world_size
 
 
 def planned_ranks(config: RunConfig) -> int:
@@ -120,6 +152,7 @@ def describe_plan(
         loss_chunk_tokens=config.train.loss_chunk_tokens,
         optimizer=config.optim.name,
         checkpointing=config.train.activation_checkpointing,
+        shards=shard_count(config.engine, geometry.world_size),
         half_precision=config.train.precision != "fp32" if half_precision is None else half_precision,
     )
     plan["parameters"] = {"total": counts.total, "embedding": counts.embedding}

@@ -86,3 +86,28 @@ def test_memory_parts():
     assert full.activations < adamw.activations / 2
     assert adamw.logits == 64 * 1024 * 4 + (128 + 1024) * 256 * 4
     assert adamw.total == 16 * total + adamw.activations + adamw.logits
+
+
+def test_shards_divide_the_states_and_gather_what_is_needed_at_once():
+    config, sizes = ModelConfig(num_layers=8), {"micro_batch_size": 2, "seq_len": 64, "loss_chunk_tokens": 64}
+    total = count_parameters(config, 1024).total
+    block = (count_parameters(config, 1024).matmul - 1024 * config.hidden_size) // config.num_layers
+    whole = memory_bytes(config, 1024, **sizes)
+    sharded = memory_bytes(config, 1024, shards=4, **sizes)
+    assert (sharded.weights, sharded.gradients, sharded.optimizer) == (total, total, 2 * total)
+    assert whole.gathered == 0
+    # embedding and norms with their gradients, and two blocks with theirs
+    assert sharded.gathered == 8 * (total - 8 * block) + 2 * 8 * block
+    assert (sharded.activations, sharded.logits) == (whole.activations, whole.logits)
+    half = memory_bytes(config, 1024, shards=4, half_precision=True, **sizes)
+    assert half.gathered == sharded.gathered - 2 * 2 * block  # blocks travel in two bytes
+
+
+@pytest.mark.parametrize("config", SHAPES)
+def test_selective_checkpointing_keeps_what_products_gave(config):
+    """Measured: what lives between forward and backward of the blocks, beside the parameters."""
+    none, selective, full = (
+        memory_bytes(config, 128, micro_batch_size=2, seq_len=64, loss_chunk_tokens=64, checkpointing=policy)
+        for policy in ("none", "selective", "full")
+    )
+    assert full.activations < selective.activations < none.activations

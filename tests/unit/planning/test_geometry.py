@@ -8,7 +8,13 @@ import pytest
 
 from trainway.config.schema import RunConfig
 from trainway.errors import ConfigError
-from trainway.planning.geometry import describe_plan, planned_ranks, planned_vocab_size, resolve_geometry
+from trainway.planning.geometry import (
+    decay_steps,
+    describe_plan,
+    planned_ranks,
+    planned_vocab_size,
+    resolve_geometry,
+)
 
 
 def config(**train: object) -> RunConfig:
@@ -77,6 +83,28 @@ def test_what_cannot_be_a_run() -> None:
         resolve_geometry(short, 1, 240)
     assert caught.value.why == "the run has only 30 steps of 8 rows"
     assert caught.value.fix.startswith("set schedule.warmup_steps=3")
+
+
+def test_wsd_decays_after_its_warm_up() -> None:
+    def wsd(warmup_steps: int, decay_ratio: float) -> RunConfig:
+        schedule = {"name": "wsd", "warmup_steps": warmup_steps, "decay_ratio": decay_ratio}
+        return RunConfig.model_validate({"train": {"epochs": 1}, "schedule": schedule})
+
+    assert decay_steps(wsd(0, 0.2).schedule, 1102) == 220
+    assert decay_steps(wsd(0, 0.001).schedule, 30) == 1
+    assert resolve_geometry(wsd(6, 0.8), 1, 240).total_steps == 30
+    with pytest.raises(ConfigError) as caught:
+        resolve_geometry(wsd(7, 0.8), 1, 240)
+    assert caught.value.what == "schedule.warmup_steps 7 and the 24 steps of schedule.decay_ratio 0.8 overlap"
+    assert "only 30 steps" in caught.value.why
+    assert caught.value.fix.startswith("set schedule.warmup_steps=3 or schedule.decay_ratio=0.7666,")
+    for cure in (wsd(3, 0.8), wsd(7, 0.7666)):
+        resolve_geometry(cure, 1, 240)
+    with pytest.raises(ConfigError, match="overlap") as caught:
+        resolve_geometry(wsd(1, 1.0), 1, 240)
+    assert caught.value.fix.startswith("set schedule.warmup_steps=0 or schedule.decay_ratio=0.9666,")
+    other = wsd(7, 0.8).schedule.model_copy(update={"name": "cosine"})
+    assert resolve_geometry(wsd(7, 0.8).model_copy(update={"schedule": other}), 1, 240).total_steps == 30
 
 
 def test_a_plan_is_plain_json() -> None:
