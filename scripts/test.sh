@@ -4,4 +4,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh dev
-exec .venv/bin/python -m pytest -q -m "not slow and not gpu" "$@"
+# two tests at a time, each with one thread: the threads of several would wait for each other
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec .venv/bin/python -m pytest -q -n 2 -m "not slow and not gpu" "$@"

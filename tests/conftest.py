@@ -7,6 +7,8 @@ import os
 import random
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,22 @@ def run_cli(
     if check is not None:
         assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def launch(config: Path, *arguments: str, **environ: str) -> subprocess.Popen[bytes]:
+    """Start `trainway train` in a session of its own; what it prints goes to launch.log beside the config."""
+    command = [sys.executable, "-m", "trainway", "train", str(config), *arguments]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environ}
+    log = (config.parent / "launch.log").open("ab")
+    return subprocess.Popen(command, start_new_session=True, env=env, stdout=log, stderr=log)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    """Wait until the condition holds or the process has ended."""
+    end = time.monotonic() + seconds
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.001)
 
 
 def metrics(run_dir: Path, key: str = "train/loss") -> list[dict[str, object]]:

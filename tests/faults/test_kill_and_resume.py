@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import metrics, run_cli, stream, tiny, write_config
+from tests.conftest import launch, metrics, run_cli, stream, tiny, wait_for, write_config
 
 STEPS = 120
 
@@ -33,51 +34,50 @@ def config_file(root: Path, corpus: Path, store_dir: Path, **train: object) -> P
     return write_config(root / "config.yaml", config)
 
 
-def launch(config: Path, *arguments: str, **environ: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "trainway", "train", str(config), *arguments]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environ}
-    log = (config.parent / "launch.log").open("ab")
-    return subprocess.Popen(command, start_new_session=True, env=env, stdout=log, stderr=log)
-
-
-def wait_for(condition, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
-    """Wait until the condition holds or the process has ended."""
-    end = time.monotonic() + seconds
-    while not condition() and process.poll() is None:
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.001)
-
-
 def steps_logged(run: Path) -> int:
     path = run / "metrics.jsonl"
     return path.read_bytes().count(b'"samples"') if path.exists() else 0
 
 
-def kill_many(root: Path, config: Path, anywhere: int, in_saves: int) -> None:
+def kill_many(root: Path, config: Path, anywhere: int, in_saves: int, *launches: Sequence[str]) -> None:
     """Kill the run `anywhere` times at random moments and `in_saves` times while a checkpoint is half written (what
-    is left of it shows that it was); then let the run finish."""
+    is left of it shows that it was); then let the run finish. The launches take the arguments in `launches` in turn."""
     rng = random.Random(11)
     checkpoints = root / "run/checkpoints"
+    turns = itertools.cycle(launches or [()])
 
     def half_written() -> bool:
         return any(checkpoints.glob("step-*.tmp-*"))
 
     while anywhere or in_saves:
         aim_at_save = rng.randrange(anywhere + in_saves) < in_saves
-        process = launch(config)
+        process = launch(config, *next(turns))
         if aim_at_save:
-            wait_for(lambda: steps_logged(root / "run") > 0 and half_written(), process)
+            before = steps_logged(root / "run")
+            wait_for(lambda b=before: steps_logged(root / "run") > b and half_written(), process)
         else:
             target = steps_logged(root / "run") + rng.randrange(1, 4)
             wait_for(lambda t=target: steps_logged(root / "run") >= t, process)
             time.sleep(rng.random() * 0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the run was over before it was killed"
+        kill_all(process)
         if half_written():
             in_saves -= in_saves > 0
         elif not aim_at_save:
             anywhere -= 1
-    run_cli("train", config)
+    run_cli("train", config, *next(turns))
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL a launch with all its ranks, none of which may outlive it."""
+    import psutil
+
+    assert process.poll() is None, "the run was over before it was killed"
+    tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for victim in tree:
+        with suppress(psutil.NoSuchProcess):
+            victim.kill()
+    process.wait()
+    psutil.wait_procs(tree, timeout=30)
 
 
 @pytest.mark.parametrize(("anywhere", "in_saves"), [(2, 1), pytest.param(15, 5, marks=pytest.mark.slow)])
@@ -91,20 +91,35 @@ def test_killed_run_is_bit_identical(
     assert (tmp_path / "run" / weights).read_bytes() == (straight / weights).read_bytes()
 
 
-@pytest.mark.slow
-def test_killed_ddp_run_is_bit_identical(tmp_path: Path, corpus: Path, store_dir: Path) -> None:
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    run_cli("train", config_file(tmp_path / "a", corpus, store_dir), "--nproc", "2")
-    config = config_file(tmp_path / "b", corpus, store_dir)
-    for _ in range(4):
-        process = launch(config, "--nproc", "2")
-        before = steps_logged(tmp_path / "b/run")
-        wait_for(lambda b=before: steps_logged(tmp_path / "b/run") >= b + 5, process)
-        for pid in _descendants(process.pid):
-            os.kill(pid, signal.SIGKILL)
-        process.wait()
-    run_cli("train", config, "--nproc", "2")
-    assert stream(tmp_path / "b/run") == stream(tmp_path / "a/run")
+NOW, LATER = "checkpoint.async_save=false", "checkpoint.async_save=true"
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("engine", "anywhere", "in_saves"),
+    [
+        pytest.param("fsdp", 1, 1, id="fsdp"),
+        pytest.param("fsdp", 14, 6, id="fsdp-20", marks=pytest.mark.slow),
+        pytest.param("ddp", 3, 1, id="ddp", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_ranks_are_bit_identical(
+    tmp_path: Path, corpus: Path, store_dir: Path, engine: str, anywhere: int, in_saves: int
+) -> None:
+    """Every other launch saves while training goes on."""
+    arguments = ["--nproc", "2", f"engine.name={engine}"]
+    for name in ("straight", "killed"):
+        (tmp_path / name).mkdir()
+    run_cli("train", config_file(tmp_path / "straight", corpus, store_dir), *arguments)
+    config = config_file(tmp_path / "killed", corpus, store_dir)
+    kill_many(tmp_path / "killed", config, anywhere, in_saves, [*arguments, NOW], [*arguments, LATER])
+    assert stream(tmp_path / "killed/run") == stream(tmp_path / "straight/run")
+    last = f"run/checkpoints/step-{STEPS}"
+    parts = sorted((tmp_path / "straight" / last).rglob("*.safetensors"))
+    assert len(parts) == (4 if engine == "fsdp" else 2)
+    for part in parts:
+        other = tmp_path / "killed" / part.relative_to(tmp_path / "straight")
+        assert other.read_bytes() == part.read_bytes(), part.name
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -201,10 +216,3 @@ def test_changed_setting_is_refused_with_the_difference(
     config = config_file(tmp_path, corpus, store_dir)
     done = run_cli("train", config, "optim.lr=1e-3", "--resume", 119, check=2)
     assert "optim.lr: 0.003 -> 0.001" in done.stderr
-
-
-def _descendants(pid: int) -> list[int]:
-    import psutil
-
-    process = psutil.Process(pid)
-    return [child.pid for child in process.children(recursive=True)] + [pid]

@@ -14,7 +14,7 @@ import trainway
 ROOT = Path(trainway.__file__).parent
 LAYERS = (
     {"planning", "config", "run_dir", "files", "errors", "logs", "provenance"},
-    {"engines", "checkpoint", "models", "data", "tracking", "losses", "optim", "schedules"},
+    {"engines", "checkpoint", "models", "data", "tracking", "losses", "muon", "optim", "schedules"},
     {"training", "rollout"},
     {"recipes", "release", "launch", "report", "doctor"},
     {"cli", "__main__"},

@@ -6,7 +6,8 @@ from torch import nn
 
 from trainway.config.schema import OptimConfig
 from trainway.errors import ConfigError
-from trainway.optim import Muon, build_optimizers, clip_gradients, orthogonalize, set_learning_rates
+from trainway.muon import Muon, orthogonalize
+from trainway.optim import build_optimizers, clip_gradients, set_learning_rates
 
 
 def _named():

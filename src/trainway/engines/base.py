@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
+
+from trainway.checkpoint.snapshot import Snapshot
 
 
 class Learner(Protocol):
@@ -29,7 +31,9 @@ class Learner(Protocol):
     module: nn.Module
     """The callable that the engine wraps; its forward returns a summed loss."""
     model: PreTrainedModel
-    """The plain transformers model inside."""
+    """The transformers model inside; its weights are whole only where `is_sharded` is False."""
+    is_sharded: bool
+    """Every rank must take part in every forward pass, evaluation and generation included."""
 
     def micro_step(self, *, sync: bool) -> AbstractContextManager[Any]:
         """Forward and backward of one micro-batch; gradients are exchanged when `sync` (the step's last one)."""
@@ -49,12 +53,11 @@ class Learner(Protocol):
             The global gradient norm before clipping.
         """
 
-    def write(self, directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write this rank's part of weights and optimiser state into a checkpoint's directory, the model as a
-        Hugging Face directory with its tokenizer."""
+    def snapshot(self) -> Snapshot:
+        """This rank's part of weights and optimiser state, by reference: valid until the next `step`."""
 
     def read(self, directory: Path) -> None:
-        """Load what `write` wrote, whatever the number of ranks then and now."""
+        """Load what was saved from any engine, whatever the number of ranks then and now."""
 
     def state(self) -> dict[str, Any]:
         """Small extra state that JSON can hold (fp16's loss scale)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -13,6 +14,7 @@ from trainway.config.schema import OptimConfig
 from trainway.engines.precision import Precision
 from trainway.engines.single import SingleLearner
 from trainway.engines.world import World
+from trainway.muon import Spread
 
 
 class DDPLearner(SingleLearner):
@@ -37,6 +39,9 @@ class DDPLearner(SingleLearner):
     def backward(self, loss: Tensor, *, scale: float) -> None:
         # DDP averages over the ranks; our losses are sums, so the mean is turned back into one.
         super().backward(loss, scale=scale * self.world.world_size)
+
+    def _spread(self) -> Spread:
+        return Spread(replicas=dist.group.WORLD)
 
     def _exchange(self, sync: bool) -> AbstractContextManager[Any]:
         return nullcontext() if sync else self._ddp.no_sync()

@@ -10,20 +10,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from trainway.checkpoint.weights import load_model, read_optimizer, write_model, write_optimizer
+from trainway.checkpoint.optimizer_state import optimizer_slots, read_optimizer
+from trainway.checkpoint.pieces import WHOLE, Piece
+from trainway.checkpoint.snapshot import MODEL_DIR, Snapshot
+from trainway.checkpoint.weights import load_model, model_pieces
 from trainway.config.schema import OptimConfig
 from trainway.engines.precision import LossScale, Precision, autocast
 from trainway.engines.world import World
+from trainway.muon import Spread
 from trainway.optim import build_optimizers, clip_gradients, set_learning_rates
-
-MODEL_DIR = "model"
-OPTIMIZER_FILE = "optimizer.safetensors"
 
 
 class SingleLearner:
     """Weights, gradients and optimiser state live whole on one device."""
+
+    is_sharded = False
 
     def __init__(
         self,
@@ -34,9 +37,13 @@ class SingleLearner:
         precision: Precision,
     ):
         self.module, self.model, self.world, self.precision = module, model, world, precision
-        self.optimizers = build_optimizers(list(model.named_parameters()), optim)
+        self.pieces = self._pieces()
+        self.spread = self._spread()
         self.loss_scale = LossScale.start(precision)
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizers = build_optimizers(
+            [(name, piece.tensor) for name, piece in self.pieces.items()], optim, self.spread, self._num_rows
+        )
+        self._parameters = [piece.tensor for piece in self.pieces.values() if piece.tensor.requires_grad]
 
     def micro_step(self, *, sync: bool) -> AbstractContextManager[Any]:
         context = ExitStack()
@@ -52,7 +59,7 @@ class SingleLearner:
             torch._foreach_mul_(
                 [p.grad for p in self._parameters if p.grad is not None], 1 / self.loss_scale.value
             )
-        norm = clip_gradients(self._parameters, max_norm).item()  # device→host sync
+        norm = clip_gradients(self._parameters, max_norm, self.spread).item()  # device→host sync
         explained = self.loss_scale.update(overflowed=not math.isfinite(norm))
         if not explained and accept(norm):
             set_learning_rates(self.optimizers, lr_factor)
@@ -62,14 +69,13 @@ class SingleLearner:
             optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def write(self, directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        if self.world.is_main:  # every rank holds the same weights
-            write_model(self.model, directory / MODEL_DIR, tokenizer)
-            write_optimizer(self.optimizers, list(self.model.named_parameters()), directory / OPTIMIZER_FILE)
+    def snapshot(self) -> Snapshot:
+        part = WHOLE if self.world.is_main else None  # every rank holds the same weights
+        return Snapshot(self.pieces, optimizer_slots(self.optimizers, self.pieces), part)
 
     def read(self, directory: Path) -> None:
-        load_model(self.model, directory / MODEL_DIR)
-        read_optimizer(self.optimizers, list(self.model.named_parameters()), directory / OPTIMIZER_FILE)
+        load_model(self.model, directory / MODEL_DIR, self.pieces)
+        read_optimizer(self.optimizers, self.pieces, directory)
 
     def state(self) -> dict[str, Any]:
         return self.loss_scale.state()
@@ -79,3 +85,14 @@ class SingleLearner:
 
     def _exchange(self, sync: bool) -> AbstractContextManager[Any]:
         return nullcontext()
+
+    def _pieces(self) -> dict[str, Piece]:
+        """The parameters, or what of them is here, as the optimisers hold them."""
+        return model_pieces(self.model)
+
+    def _spread(self) -> Spread:
+        """Where the rows of the parameters lie."""
+        return Spread()
+
+    def _num_rows(self, parameter: Tensor) -> int:
+        return len(parameter)

@@ -102,13 +102,17 @@ def open_world(engine: EngineConfig, num_threads: int | None = None) -> Iterator
     torch.set_num_threads(num_threads or max(1, _physical_cores() // local_world_size))
     device = _device(local_rank)
     world = World(rank, local_rank, world_size, local_world_size, device)
-    if world_size == 1:
+    if world_size == 1 and engine.name != "fsdp":
         yield world
         return
+    alone = "RANK" not in os.environ  # no launcher keeps a store for one process
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(seconds=engine.timeout_s),
         device_id=device if device.type == "cuda" else None,
+        store=dist.HashStore() if alone else None,
+        rank=0 if alone else -1,
+        world_size=1 if alone else -1,
     )
     try:
         yield world

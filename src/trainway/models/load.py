@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -59,28 +61,41 @@ def build_model(
     eos_id: int | None = None,
     pad_id: int | None = None,
 ) -> PreTrainedModel:
-    """A new model in fp32, its weights a function of `seed` and the configuration alone, whatever the device.
+    """A new fp32 model with the weights that `materialize` makes.
 
-    Matrices are normal(0, init_std); those that write to the residual stream are scaled by 1 / sqrt(2 num_layers)
-    (Radford et al. 2019, GPT-2, section 2.3); norms are 1. On "meta" nothing is allocated: for counting.
+    On "meta" nothing is allocated: for counting, or to be sharded first. Raises ConfigError for impossible shapes.
     """
     config = transformer_config(model, vocab_size, bos_id, eos_id, pad_id)
     with torch.device("meta"):  # spares the weights that transformers would draw from the global generator
         built = _CLASSES[model.architecture][1](config).float()
-    if torch.device(device).type != "meta":
-        # 1) to_empty 2) the rotary table, a buffer that no checkpoint restores 3) ties, which to_empty cuts 4) weights
-        built.to_empty(device=device)
-        body = built.get_submodule(built.base_model_prefix)
-        body.rotary_emb = type(body.rotary_emb)(config=config).to(device)
-        built.tie_weights()
-        _initialise(built, model, seed)
     use_packed_attention(built)
     fuse_blocks(built)
+    if torch.device(device).type != "meta":
+        materialize(built, built, model, seed=seed, device=device)
     return built
 
 
 @torch.no_grad()
-def _initialise(built: PreTrainedModel, model: ModelConfig, seed: int) -> None:
+def materialize(
+    root: nn.Module,
+    built: PreTrainedModel,
+    model: ModelConfig,
+    *,
+    seed: int,
+    device: torch.device | str,
+    weights_device: torch.device | str | None = None,
+) -> None:
+    """Give a model on the meta device, somewhere in `root`, its weights: a function of `seed` and `model` alone.
+
+    Matrices are normal(0, init_std); those that write to the residual stream are scaled by 1 / sqrt(2 num_layers)
+    (Radford et al. 2019, GPT-2, section 2.3); norms are 1. Of a sharded model each rank keeps its own rows, and none
+    holds more than one whole matrix at a time. `weights_device`: where weights lie, if not on `device`.
+    """
+    # 1) to_empty 2) the rotary table, a buffer that no checkpoint restores 3) ties, which to_empty cuts 4) weights
+    root.to_empty(device=weights_device or device)
+    body = built.get_submodule(built.base_model_prefix)
+    body.rotary_emb = type(body.rotary_emb)(config=built.config).to(device)
+    built.tie_weights()
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same weights on every device
     residual_std = model.init_std / (2 * model.num_layers) ** 0.5
     for name, parameter in built.named_parameters():
@@ -88,7 +103,15 @@ def _initialise(built: PreTrainedModel, model: ModelConfig, seed: int) -> None:
             parameter.fill_(1.0)
             continue
         std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else model.init_std
-        parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+        _fill(parameter, torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+
+
+def _fill(parameter: Tensor, values: Tensor) -> None:
+    if isinstance(parameter, DTensor):
+        # every rank has drawn the same values: each takes its rows, and nothing is sent
+        mesh, placements = parameter.device_mesh, parameter.placements
+        values = distribute_tensor(values.to(mesh.device_type), mesh, placements, src_data_rank=None)
+    parameter.copy_(values)
 
 
 def _check_shapes(model: ModelConfig) -> None:

@@ -69,7 +69,7 @@ def evaluate(
         result: dict[str, Any] = evaluate_batches(module, batches, store.token_bytes, world, precision)
         if prompts:
             samples = continue_prompts(
-                model,
+                module,
                 tokenizer,
                 prompts,
                 max_new_tokens=max_new_tokens,

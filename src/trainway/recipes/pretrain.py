@@ -11,18 +11,20 @@ from pathlib import Path
 from torch import nn
 
 from trainway.checkpoint.lock import run_lock
-from trainway.checkpoint.state import TrainState
 from trainway.config.schema import RunConfig
 from trainway.data.loader import Loader, validation_batches
 from trainway.data.prepare import prepare
 from trainway.engines import build_learner, choose_precision, engine_name
 from trainway.engines.base import Learner
+from trainway.engines.precision import autocast
 from trainway.engines.world import open_world
 from trainway.files import disk_faults
 from trainway.logs import stage, start_logging
 from trainway.models.causal_lm import CausalLMLoss
+from trainway.models.checkpointing import checkpoint_activations
 from trainway.models.load import build_model
 from trainway.planning.arithmetic import count_parameters, flops_per_token, memory_bytes
+from trainway.planning.geometry import shard_count
 from trainway.run_dir import RunDir
 from trainway.tracking import open_trackers
 from trainway.tracking.jsonl import cut_after
@@ -35,11 +37,12 @@ from trainway.training.session import (
     begin_session,
     finish,
     finished_before,
+    make_saver,
     recorded_end,
-    save_checkpoint,
     starting_state,
 )
 from trainway.training.shutdown import StopSignal
+from trainway.training.sources import describe_sources, source_metrics
 from trainway.training.speed import SpeedMeter, peak_flops
 
 
@@ -73,10 +76,10 @@ def pretrain(
             return finished_before(config, run, allow_changes)
         session = begin_session(config, world, run, prepared, resume, allow_changes)
         stop = stack.enter_context(StopSignal())
-        return finish(session, _train(session, stop))
+        return _train(session, stop)
 
 
-def _train(session: Session, stop: StopSignal) -> TrainState:
+def _train(session: Session, stop: StopSignal) -> RunResult:
     config, world, run = session.config, session.world, session.run
     loss_module, learner = _build(session)
     state = starting_state(session, learner)
@@ -96,17 +99,12 @@ def _train(session: Session, stop: StopSignal) -> TrainState:
 
         def evaluate(step: int) -> float:
             metrics = _evaluate(session, loss_module)
-            trackers.log(step, metrics)
+            trackers.log(step, {**metrics, **source_metrics(session, step)})
             stage(
                 "EVAL", f"step {step}: loss {metrics['val/loss']:.4f}  {metrics['val/bpb']:.4f} bits per byte"
             )
-            if world.is_main:
-                _write_samples(session, learner, step)
+            _write_samples(session, learner, loss_module, step)
             return metrics["val/loss"]
-
-        def save(state: TrainState) -> None:
-            save_checkpoint(session, learner, state)
-            trackers.sync()
 
         work = Work(
             config=config,
@@ -119,12 +117,13 @@ def _train(session: Session, stop: StopSignal) -> TrainState:
             trackers=trackers,
             stop=stop,
             evaluate=evaluate,
-            save=save,
+            saver=make_saver(session, learner),
         )
         with recorded_end(session):
             if not resumed:
                 evaluate(0)
-            return fit(work, state)
+            state = fit(work, state)
+    return finish(session, state, work.saver.stalled_s)
 
 
 def _build(session: Session) -> tuple[CausalLMLoss, Learner]:
@@ -132,25 +131,28 @@ def _build(session: Session) -> tuple[CausalLMLoss, Learner]:
     model = build_model(
         config.model,
         session.vocab_size,
-        seed=config.seed,  # the same on all ranks: they begin with the same weights
+        seed=config.seed,
+        device="meta",  # the engine knows which of the weights this rank holds
         bos_id=tokenizer.bos_token_id,
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
     )
-    model.train().to(session.world.device)
-    if config.train.activation_checkpointing == "full":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    blocks = model.get_submodule(model.base_model_prefix).layers
+    if config.train.activation_checkpointing != "none":
+        checkpoint_activations(blocks, config.train.activation_checkpointing)
     if config.train.compile:
-        for block in model.model.layers:
+        for block in blocks:
             block.compile()
-    loss_module = CausalLMLoss(model, chunk_tokens=config.train.loss_chunk_tokens)
+    loss_module = CausalLMLoss(model, chunk_tokens=config.train.loss_chunk_tokens, z_loss=config.train.z_loss)
     return loss_module, build_learner(config, loss_module, model, session.world)
 
 
 def _loader(session: Session) -> Loader:
     config, geometry, world = session.config, session.geometry, session.world
     return Loader(
-        session.store.split("train"),
+        session.store.streams(),
+        mix=session.prepared.mix,
         seq_len=config.train.seq_len,
         global_batch_size=geometry.global_batch_size,
         micro_batch_size=geometry.micro_batch_size,
@@ -177,19 +179,23 @@ def _evaluate(session: Session, loss_module: nn.Module) -> dict[str, float]:
     return evaluate_batches(loss_module, batches, session.store.token_bytes, world, precision)
 
 
-def _write_samples(session: Session, learner: Learner, step: int) -> None:
+def _write_samples(session: Session, learner: Learner, loss_module: CausalLMLoss, step: int) -> None:
+    if not (session.world.is_main or learner.is_sharded):
+        return
     config = session.config
     samples = continue_prompts(
-        learner.model,
+        loss_module,
         session.tokenizer,
         config.eval.prompts or islice(_openings(session), config.eval.num_samples),
         max_new_tokens=config.eval.max_new_tokens,
         temperature=config.eval.temperature,
         seed=config.seed,
     )
-    with session.run.samples.open("a", encoding="utf-8") as file:
-        for sample in samples:
-            file.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
+    with autocast(choose_precision(config.train.precision, session.world.device), session.world.device):
+        lines = [json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples]
+    if session.world.is_main:
+        with session.run.samples.open("a", encoding="utf-8") as file:
+            file.writelines(lines)
 
 
 def _openings(session: Session, num_tokens: int = 16) -> Iterator[str]:
@@ -214,13 +220,10 @@ def _describe(session: Session, flops: float, peak: str) -> None:
         loss_chunk_tokens=config.train.loss_chunk_tokens,
         optimizer=config.optim.name,
         checkpointing=config.train.activation_checkpointing,
+        shards=shard_count(config.engine, world.world_size),
         half_precision=precision != "fp32",
     )
-    train, val = session.store.split("train"), session.store.split("val")
-    stage(
-        "DATA",
-        f"{train.num_documents:,} documents of {train.num_tokens:,} tokens; validation {val.num_tokens:,}",
-    )
+    describe_sources(session)
     stage("MODEL", f"{config.model.architecture}: {counts.total:,} parameters, {flops:,.0f} FLOPs per token")
     stage("MODEL", f"about {memory.total / 2**30:.2f} GiB per rank, {precision}, {peak}")
     stage("DDP", f"{engine_name(config, world)} on {world.world_size} process(es), {world.device}")

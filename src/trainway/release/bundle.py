@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from trainway.checkpoint.snapshot import MODEL_DIR
 from trainway.checkpoint.store import CheckpointStore
-from trainway.engines.single import MODEL_DIR
+from trainway.checkpoint.weights import assemble, is_in_pieces
 from trainway.errors import ConfigError
 from trainway.files import atomic_directory
 from trainway.run_dir import RunDir
@@ -34,8 +35,12 @@ def export(run: str | Path, out: str | Path, *, which: str | int = "best") -> Pa
             f"{out} exists already", "an export never overwrites", "choose another --out, or remove it first"
         )
     source = CheckpointStore(run_dir.checkpoints, keep_last=1).resolve(which) / MODEL_DIR
+    in_pieces = is_in_pieces(source)
     with atomic_directory(out) as partial:
-        shutil.copytree(source, partial, dirs_exist_ok=True)
+        weights = shutil.ignore_patterns("*.safetensors") if in_pieces else None
+        shutil.copytree(source, partial, dirs_exist_ok=True, ignore=weights)
+        if in_pieces:
+            assemble(source, partial)
     return out
 
 

@@ -5,9 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar
 
+from trainway.checkpoint.weights import is_in_pieces, load_model
+from trainway.models.causal_lm import CausalLMLoss
 from trainway.release.bundle import model_directory
 from trainway.training.evaluate import continue_prompts
 
@@ -24,13 +32,28 @@ def generate_text(
     if torch.cuda.is_available():
         loaded.to("cuda")
     samples = continue_prompts(
-        loaded, tokenizer, [prompt], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        CausalLMLoss(loaded),
+        tokenizer,
+        [prompt],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
     )
     return next(iter(samples))["text"]
 
 
 def load_causal_lm(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The fp32 model and the tokenizer of a local model directory, loaded by plain transformers."""
+    """The fp32 model and the tokenizer of a local model directory, loaded by plain transformers; one in pieces by us.
+
+    Raises:
+        DataError: a piece is missing or damaged.
+    """
     disable_progress_bar()  # a local file is read in a moment
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
-    return model, AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    if not is_in_pieces(directory):
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+        return model, tokenizer
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    load_model(model, directory)
+    return model.eval(), tokenizer

@@ -16,6 +16,7 @@ from trainway.data.loader import Batch
 from trainway.engines.precision import Precision, autocast
 from trainway.engines.world import World
 from trainway.losses import IGNORE_INDEX
+from trainway.models.causal_lm import CausalLMLoss
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def evaluate_batches(
 
 @torch.no_grad()
 def continue_prompts(
-    model: PreTrainedModel,
+    module: CausalLMLoss,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Iterable[str],
     *,
@@ -61,21 +62,25 @@ def continue_prompts(
     temperature: float,
     seed: int,
 ) -> Iterator[dict[str, str]]:
-    """Yield `{"prompt", "text"}` for each prompt; the same seed gives the same text."""
-    was_training = model.training
-    model.eval()
+    """Yield `{"prompt", "text"}` for each prompt; the same seed gives the same text.
+
+    On a sharded model every rank must read all of them, and reads the same.
+    """
+    model, was_training = module.model, module.training
+    module.eval()
+    device = model.get_input_embeddings().weight.device
     with (
         _plain_attention(model),
-        torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(seed)
         for prompt in prompts:
-            ids = prompt_ids(tokenizer, prompt).to(model.device)
+            ids = prompt_ids(tokenizer, prompt).to(device)
             sampling: dict[str, Any] = {"do_sample": False}
             if temperature > 0:
                 sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
             room = model.config.max_position_embeddings - ids.shape[1]
-            output = model.generate(
+            output = module.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max(1, min(max_new_tokens, room)),
@@ -89,7 +94,7 @@ def continue_prompts(
                 "prompt": prompt,
                 "text": tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True),
             }
-    model.train(was_training)
+    module.train(was_training)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:

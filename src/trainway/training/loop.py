@@ -22,6 +22,7 @@ from trainway.tracking import Trackers
 from trainway.training.guard import StepGuard
 from trainway.training.progress import Progress
 from trainway.training.randomness import seed_step
+from trainway.training.saving import Saver
 from trainway.training.shutdown import StopSignal
 from trainway.training.speed import SpeedMeter
 
@@ -41,8 +42,7 @@ class Work:
     stop: StopSignal
     evaluate: Callable[[int], float]
     """Validate after this step, log, and return the validation loss."""
-    save: Callable[[TrainState], None]
-    """Write a checkpoint of this state."""
+    saver: Saver
 
 
 def fit(work: Work, state: TrainState) -> TrainState:
@@ -51,7 +51,7 @@ def fit(work: Work, state: TrainState) -> TrainState:
     Raises:
         Stopped: a stop was requested; a checkpoint of the last finished step is on the disk.
     """
-    config, world, total = work.config, work.world, work.total_steps
+    config, world, saver, total = work.config, work.world, work.saver, work.total_steps
     guard = StepGuard(config.train)
     if state.guard:
         guard.load(state.guard)
@@ -62,23 +62,30 @@ def fit(work: Work, state: TrainState) -> TrainState:
     with _collector_out_of_the_way():
         try:
             for batch in batches:
-                # One collective tells every rank both the divisor of the loss and whether any rank must stop.
-                targets, stopping = world.sum(batch.num_targets, work.stop.requested)
+                # One collective tells every rank the divisor of the loss, whether any rank must stop, and how far a
+                # save under way is.
+                targets, stopping, written, failed = world.sum(
+                    batch.num_targets, work.stop.requested, *saver.progress()
+                )
+                saver.advance(written, failed)
                 if stopping:
                     if saved_step != state.step:
-                        work.save(state)
+                        _save(work, state)
+                    saver.finish()
                     raise Stopped(state.step)
 
                 step = batch.step
                 seed_step(config.seed, step, world.rank)
-                loss = _accumulate(work, batch, targets)
+                loss, *z_loss = _accumulate(work, batch, targets)
                 factor = lr_factor(config.schedule, step, total)
                 accept = _judge(guard, step, loss)
+                saver.before_update()
                 norm = work.learner.step(factor, config.train.max_grad_norm, accept)
 
                 metrics = {
                     "samples": batch.sample_hash,
                     "train/loss": loss,
+                    **({"train/z_loss": z_loss[0]} if z_loss else {}),
                     "optim/grad_norm": norm,
                     "optim/lr": config.optim.lr * factor,
                     "train/tokens": state.tokens_seen + int(targets),
@@ -101,31 +108,38 @@ def fit(work: Work, state: TrainState) -> TrainState:
                     state = _with_validation(state, work.evaluate(step), saved=save_due)
                     work.meter.restart()
                 if save_due:
-                    work.save(state)
+                    _save(work, state)
                     saved_step = step
                     gc.collect()
                     work.meter.restart()
                 if work.geometry.steps_per_epoch and step % work.geometry.steps_per_epoch == 0:
                     stage("EPOCH", f"epoch {step // work.geometry.steps_per_epoch} ended at step {step}")
+            saver.finish()
         finally:
             batches.close()
             progress.close()
     return state
 
 
-def _accumulate(work: Work, batch: StepBatch, targets: float) -> float:
-    """Forward and backward of the step's micro-batches; the global loss per target token."""
+def _accumulate(work: Work, batch: StepBatch, targets: float) -> list[float]:
+    """Forward and backward of the step's micro-batches; the global loss per target token, then the z-loss if on."""
     last = len(batch.micro_batches) - 1
     total = None
     for i, micro in enumerate(batch.micro_batches):
         _log_batch(work.config, batch, i)
         micro = micro.to(work.world.device)
         with work.learner.micro_step(sync=i == last):
-            loss = work.learner.module(micro.input_ids, micro.labels, micro.position_ids, micro.boundaries)
-            work.learner.backward(loss, scale=1 / targets)
-        total = loss.detach() if total is None else total + loss.detach()
+            losses = work.learner.module(micro.input_ids, micro.labels, micro.position_ids, micro.boundaries)
+            work.learner.backward(losses.sum(), scale=1 / targets)
+        total = losses.detach() if total is None else total + losses.detach()
     assert total is not None
-    return work.world.sum(total.item())[0] / targets  # device→host sync
+    sums = work.world.sum(*total.flatten().tolist())  # device→host sync
+    return [value / targets for value in sums]
+
+
+def _save(work: Work, state: TrainState) -> None:
+    work.trackers.sync()  # a run that goes on from this step needs the records up to it
+    work.saver.save(state)
 
 
 def _judge(guard: StepGuard, step: int, loss: float) -> Callable[[float], bool]:

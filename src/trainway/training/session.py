@@ -31,9 +31,8 @@ from trainway.provenance import collect_provenance, config_hash
 from trainway.run_dir import RunDir
 from trainway.training.progress import clock
 from trainway.training.runs import Resume, refuse_changed_settings, write_status
+from trainway.training.saving import STATE_FILE, Saver
 from trainway.training.speed import peak_memory_gib
-
-STATE_FILE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,7 @@ class Session:
     run: RunDir
     checkpoints: CheckpointStore
     store: TokenStore
+    prepared: PreparedData
     data_hash: str
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
@@ -84,12 +84,11 @@ def begin_session(
         run=run,
         checkpoints=CheckpointStore(run.checkpoints, config.checkpoint.keep_last),
         store=store,
+        prepared=prepared,
         data_hash=prepared.store_dir.name,
         tokenizer=tokenizer,
         vocab_size=config.model.vocab_size or padded_vocab_size(len(tokenizer)),
-        geometry=resolve_geometry(
-            config, world.world_size, store.split("train").num_tokens // config.train.seq_len
-        ),
+        geometry=resolve_geometry(config, world.world_size, prepared.rows_per_epoch(config.train.seq_len)),
         resume=resume,
         allow_changes=allow_changes,
     )
@@ -136,38 +135,21 @@ def starting_state(session: Session, learner: Learner) -> TrainState:
     return state
 
 
-def save_checkpoint(session: Session, learner: Learner, state: TrainState) -> None:
-    """All ranks write their part; rank 0 makes the checkpoint visible when all of it is on the disk.
+def make_saver(session: Session, learner: Learner) -> Saver:
+    """What writes the checkpoints of this run."""
 
-    Raises:
-        EnvironmentFault: the disk is full, read-only or failing; the checkpoints before stay as they were.
-    """
-    world, checkpoints = session.world, session.checkpoints
-
-    def begin() -> str:
-        return str(checkpoints.begin(state.step)) if world.is_main else ""
-
-    def write(directory: Path) -> None:
-        learner.write(directory, session.tokenizer)
-        if world.is_main:
-            (directory / STATE_FILE).write_text(state.to_json())
-
-    def commit() -> None:
-        if world.is_main:
-            is_best = state.best_step == state.step
-            checkpoints.commit(state.step, directory, best=is_best, info={"val_loss": state.last_val_loss})
-
-    directory = Path(world.from_main(world.together(begin)))
-    try:
-        world.together(lambda: checkpoints.write_into(directory, write))
-        world.together(commit)
-    except BaseException:
-        if world.is_main:
-            checkpoints.abort(directory)
-        raise
-    if world.is_main:
+    def saved(state: TrainState) -> None:
         write_status(session.run, "running", state.step, val_loss=state.last_val_loss)
         stage("SAVE", f"checkpoint of step {state.step}")
+
+    return Saver(
+        world=session.world,
+        learner=learner,
+        store=session.checkpoints,
+        tokenizer=session.tokenizer,
+        asynchronous=session.config.checkpoint.async_save,
+        saved=saved,
+    )
 
 
 @contextmanager
@@ -186,8 +168,8 @@ def recorded_end(session: Session) -> Iterator[None]:
         raise
 
 
-def finish(session: Session, state: TrainState) -> RunResult:
-    """Write report.json and the final status."""
+def finish(session: Session, state: TrainState, save_stall_s: float) -> RunResult:
+    """Write report.json and the final status. `save_stall_s`: for which this launch waited for its saves."""
     world, run, seconds = session.world, session.run, state.elapsed_s
     report = {
         "world_size": world.world_size,
@@ -202,6 +184,7 @@ def finish(session: Session, state: TrainState) -> RunResult:
         "best_val_loss": state.best_val_loss,
         "best_step": state.best_step,
         "skipped_steps": state.skipped_steps,
+        "save_stall_s": save_stall_s,
         "peak_memory_gib": peak_memory_gib(world.device),
     }
     if world.is_main:

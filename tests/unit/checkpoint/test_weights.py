@@ -17,14 +17,24 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from trainway.checkpoint.weights import (
-    load_model,
-    read_model_state,
-    read_optimizer,
+from trainway.checkpoint import optimizer_state
+from trainway.checkpoint.pieces import (
+    METADATA,
+    Part,
+    Piece,
+    open_tensors,
+    part_files,
     read_tensors,
-    write_model,
-    write_optimizer,
+    write_pieces,
     write_tensors,
+)
+from trainway.checkpoint.weights import (
+    assemble,
+    is_in_pieces,
+    load_model,
+    model_pieces,
+    read_model_state,
+    write_model,
 )
 from trainway.errors import DataError
 
@@ -38,6 +48,17 @@ def tiny(seed=0, **changes):
 
 def same(left, right):
     return all(torch.equal(left.state_dict()[name], right.state_dict()[name]) for name in left.state_dict())
+
+
+def write_optimizer(optimizers, model, directory):
+    directory.mkdir(exist_ok=True)
+    optimizer_state.write_optimizer(
+        optimizer_state.optimizer_slots(optimizers, model_pieces(model)), directory
+    )
+
+
+def read_optimizer(optimizers, model, directory):
+    optimizer_state.read_optimizer(optimizers, model_pieces(model), directory)
 
 
 # ---- model
@@ -201,12 +222,12 @@ def test_five_steps_and_five_more_equal_ten(tmp_path, make):
     optimizers = make(list(first.parameters()))
     train(first, optimizers, 0, 5)
     write_model(first, tmp_path / "model")
-    write_optimizer(optimizers, first.named_parameters(), tmp_path / "optimizer.safetensors")
+    write_optimizer(optimizers, first, tmp_path)
 
     second = tiny(seed=9)
     load_model(second, tmp_path / "model")
     fresh = make(list(second.parameters()))
-    read_optimizer(fresh, second.named_parameters(), tmp_path / "optimizer.safetensors")
+    read_optimizer(fresh, second, tmp_path)
     for old, new in zip(optimizers, fresh, strict=True):
         for left, right in zip(old.state.values(), new.state.values(), strict=True):
             assert {k: type(v) for k, v in left.items()} == {k: type(v) for k, v in right.items()}
@@ -219,12 +240,12 @@ def test_state_survives_regrouping(tmp_path):
     model = tiny()
     optimizers = adamw(list(model.parameters()))
     train(model, optimizers, 0, 2)
-    write_optimizer(optimizers, model.named_parameters(), tmp_path / "o.safetensors")
+    write_optimizer(optimizers, model, tmp_path)
     parameters = list(model.parameters())[::-1]
     regrouped = torch.optim.AdamW(
         [{"params": parameters[:3]}, {"params": parameters[3:], "lr": 5.0}], fused=True
     )
-    read_optimizer([regrouped], model.named_parameters(), tmp_path / "o.safetensors")
+    read_optimizer([regrouped], model, tmp_path)
     for parameter in parameters:
         for key, value in optimizers[0].state[parameter].items():
             assert torch.equal(value, regrouped.state[parameter][key])
@@ -235,8 +256,8 @@ def test_step_counts_are_kept_as_tensors(tmp_path):
     model = tiny()
     optimizers = adamw(list(model.parameters()))
     train(model, optimizers, 0, 1)
-    write_optimizer(optimizers, model.named_parameters(), tmp_path / "o.safetensors")
-    with safe_open(str(tmp_path / "o.safetensors"), "pt") as file:
+    write_optimizer(optimizers, model, tmp_path)
+    with safe_open(str(tmp_path / "optimizer.safetensors"), "pt") as file:
         step = file.get_tensor("AdamW/model.norm.weight/step")
     assert step.dtype == torch.float32 and step.shape == () and step.item() == 1.0
 
@@ -246,35 +267,34 @@ def test_a_parameter_without_state_stays_without(tmp_path):
     model.model.norm.weight.requires_grad_(False)
     optimizers = sgd(list(model.parameters()))
     train(model, optimizers, 0, 1)
-    write_optimizer(optimizers, model.named_parameters(), tmp_path / "o.safetensors")
+    write_optimizer(optimizers, model, tmp_path)
     fresh = sgd(list(model.parameters()))
-    read_optimizer(fresh, model.named_parameters(), tmp_path / "o.safetensors")
+    read_optimizer(fresh, model, tmp_path)
     assert model.model.norm.weight not in fresh[0].state
     assert len(fresh[0].state) == len(list(model.parameters())) - 1
 
 
 def test_optimiser_misfits_are_named(tmp_path):
-    path = tmp_path / "o.safetensors"
     model = tiny()
-    write_optimizer(adamw(list(model.parameters())), model.named_parameters(), path)
+    write_optimizer(adamw(list(model.parameters())), model, tmp_path)
     deeper = tiny(num_hidden_layers=3)
     with pytest.raises(DataError, match="does not fit") as caught:
-        read_optimizer(adamw(list(deeper.parameters())), deeper.named_parameters(), path)
+        read_optimizer(adamw(list(deeper.parameters())), deeper, tmp_path)
     assert "AdamW/model.layers.2." in caught.value.why
     wider = tiny(vocab_size=65)
     with pytest.raises(DataError, match="does not fit") as caught:
-        read_optimizer(adamw(list(wider.parameters())), wider.named_parameters(), path)
+        read_optimizer(adamw(list(wider.parameters())), wider, tmp_path)
     assert "AdamW/model.embed_tokens.weight has shape [64, 16]" in caught.value.why
     with pytest.raises(DataError, match="does not fit"):
-        read_optimizer(sgd(list(model.parameters())), model.named_parameters(), path)
+        read_optimizer(sgd(list(model.parameters())), model, tmp_path)
 
 
 def test_incomplete_optimiser_state(tmp_path):
-    path = tmp_path / "o.safetensors"
+    path = tmp_path / "optimizer.safetensors"
     model = tiny()
     optimizers = adamw(list(model.parameters()))
     train(model, optimizers, 0, 1)
-    write_optimizer(optimizers, model.named_parameters(), path)
+    write_optimizer(optimizers, model, tmp_path)
     with safe_open(str(path), "pt") as file:
         metadata = file.metadata()
     tensors = read_tensors(path)
@@ -282,12 +302,12 @@ def test_incomplete_optimiser_state(tmp_path):
     write_tensors(path, {**tensors, "AdamW/model.norm.weight/ghost": torch.ones(1)}, metadata)
     fresh = adamw(list(model.parameters()))
     with pytest.raises(DataError, match="incomplete") as caught:
-        read_optimizer(fresh, model.named_parameters(), path)
+        read_optimizer(fresh, model, tmp_path)
     assert "exp_avg is missing" in caught.value.why and "ghost is unexpected" in caught.value.why
     assert not fresh[0].state
     write_tensors(path, tensors)
     with pytest.raises(DataError, match="no optimiser state"):
-        read_optimizer(fresh, model.named_parameters(), path)
+        read_optimizer(fresh, model, tmp_path)
 
 
 def test_state_that_cannot_be_saved_is_an_error(tmp_path):
@@ -295,4 +315,108 @@ def test_state_that_cannot_be_saved_is_an_error(tmp_path):
     optimizer = Averager([weight])
     optimizer.state[weight] = {"history": [1, 2]}
     with pytest.raises(TypeError, match="history"):
-        write_optimizer([optimizer], [("w", weight)], tmp_path / "o.safetensors")
+        optimizer_state.optimizer_slots([optimizer], {"w": Piece.whole(weight)})
+
+
+# ---- pieces
+
+
+def cut(pieces, count):
+    """Rows of whole pieces as `count` ranks hold them, cut as torch.chunk does."""
+    for rank in range(count):
+        held = {}
+        for name, piece in pieces.items():
+            chunk = -(-piece.shape[0] // count)
+            start = min(rank * chunk, piece.shape[0])
+            held[name] = Piece(piece.tensor.detach()[start : start + chunk].clone(), piece.shape, start)
+        yield Part(rank, count), held
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_a_model_in_pieces_is_read_on_any_number_of_ranks_and_assembled(tmp_path, count, tied):
+    model = tiny(vocab_size=61, num_hidden_layers=1, tie_word_embeddings=tied)
+    for part, held in cut(model_pieces(model), count):
+        write_model(model, tmp_path / "parts", weights=held, part=part)
+    assert is_in_pieces(tmp_path / "parts")
+    whole = tiny(seed=1, vocab_size=61, num_hidden_layers=1, tie_word_embeddings=tied)
+    load_model(whole, tmp_path / "parts")
+    assert same(model, whole)
+    for other in (1, 2, 4):
+        for _, held in cut(model_pieces(tiny(seed=2, vocab_size=61, num_hidden_layers=1)), other):
+            empty = (
+                tiny(seed=2, vocab_size=61, num_hidden_layers=1, tie_word_embeddings=True) if tied else None
+            )
+            if empty is not None:
+                load_model(empty, tmp_path / "parts", held)
+                for name, piece in held.items():
+                    rows = model.get_parameter(name)[piece.start : piece.start + len(piece.tensor)]
+                    assert torch.equal(piece.tensor, rows), name
+    for size in ("5GB", "4KB"):
+        out = tmp_path / size
+        out.mkdir()
+        (out / "config.json").write_bytes((tmp_path / "parts" / "config.json").read_bytes())
+        assemble(tmp_path / "parts", out, max_shard_size=size)
+        assert (out / "model.safetensors.index.json").exists() == (size == "4KB")
+        assert same(model, AutoModelForCausalLM.from_pretrained(out, local_files_only=True))
+
+
+def test_the_same_pieces_are_the_same_bytes(tmp_path):
+    pieces = {"b": Piece(torch.arange(6.0).view(2, 3), (4, 3), 2), "a": Piece.whole(torch.ones(2))}
+    for name in ("x", "y"):
+        write_pieces(tmp_path / f"{name}.safetensors", pieces, {"layout": {"k": [1]}, "other": 2})
+    assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "y.safetensors").read_bytes()
+
+
+def test_missing_and_overlapping_pieces_are_named(tmp_path):
+    part = [tmp_path / Part(i, 2).file_name("model") for i in range(2)]
+    write_pieces(part[0], {"a": Piece(torch.ones(2, 3), (4, 3), 0)})
+    with pytest.raises(DataError, match="no complete set of parts"):
+        part_files(tmp_path, "model")
+    for rows, start in ((torch.ones(1, 3), 3), (torch.ones(3, 3), 1), (torch.ones(1, 3), 2)):
+        write_pieces(part[1], {"a": Piece(rows, (4, 3), start)})
+        with pytest.raises(DataError, match="a is incomplete"), open_tensors(part_files(tmp_path, "model")):
+            pass
+    write_pieces(part[1], {"a": Piece(torch.ones(2, 4), (4, 4), 2)})
+    with pytest.raises(DataError, match="shape"), open_tensors(part_files(tmp_path, "model")):
+        pass
+    write_tensors(part[1], {"a": torch.ones(2, 3)}, {METADATA: "[1]"})
+    with pytest.raises(DataError, match="malformed"), open_tensors(part_files(tmp_path, "model")):
+        pass
+    write_pieces(part[1], {"a": Piece(torch.full((2, 3), 2.0), (4, 3), 2)})
+    with open_tensors(part_files(tmp_path, "model")) as stored:
+        assert stored.read("a", 1, 2).tolist() == [[1.0] * 3, [2.0] * 3]
+        assert stored.read("a").shape == (4, 3) and stored.read("a", 4, 0).shape == (0, 3)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3), (3, 2)])
+def test_optimiser_state_moves_between_numbers_of_ranks(tmp_path, before, after):
+    def optimizers(held):
+        tensors = [torch.nn.Parameter(piece.tensor) for piece in held.values()]
+        named = {
+            name: Piece(p, piece.shape, piece.start)
+            for (name, piece), p in zip(held.items(), tensors, strict=True)
+        }
+        return [torch.optim.AdamW(tensors, fused=True)], named
+
+    torch.manual_seed(0)
+    whole = {"w": Piece.whole(torch.randn(7, 3)), "v": Piece.whole(torch.randn(2))}
+    gradients = {name: torch.randn(piece.shape) for name, piece in whole.items()}
+
+    def trained(count):
+        for part, held in cut(whole, count):
+            made, named = optimizers(held)
+            for name, piece in named.items():
+                piece.tensor.grad = gradients[name][piece.start : piece.start + len(piece.tensor)].clone()
+            made[0].step()
+            yield part, made, named
+
+    for part, made, named in trained(before):
+        optimizer_state.write_optimizer(optimizer_state.optimizer_slots(made, named), tmp_path, part)
+    for (_, expected, there), (_, held) in zip(trained(after), cut(whole, after), strict=True):
+        found, named = optimizers(held)
+        optimizer_state.read_optimizer(found, named, tmp_path)
+        for name in whole:
+            left, right = expected[0].state[there[name].tensor], found[0].state[named[name].tensor]
+            assert left.keys() == right.keys() == {"step", "exp_avg", "exp_avg_sq"}
+            assert all(torch.equal(left[key], right[key]) for key in left)

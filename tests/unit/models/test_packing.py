@@ -12,6 +12,7 @@ from trainway.config.schema import ModelConfig
 from trainway.losses import IGNORE_INDEX
 from trainway.models.attention import Segments
 from trainway.models.causal_lm import CausalLMLoss
+from trainway.models.checkpointing import checkpoint_activations
 from trainway.models.load import build_model
 
 VOCAB = 64
@@ -103,14 +104,36 @@ def test_no_boundaries_masks_by_position_resets_as_transformers_does():
     torch.testing.assert_close(masked, packed, rtol=1e-4, atol=1e-5)
 
 
-def test_activation_checkpointing_changes_nothing():
+def _kept_bytes(module):
+    """Bytes that autograd keeps between forward and backward, beside the parameters; and the loss."""
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept, alive = {}, []
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module(*_batch(), BOUNDARIES)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_activation_checkpointing_changes_nothing(policy):
     plain, checkpointed = _model("qwen3", 2), _model("qwen3", 2)
-    checkpointed.model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(checkpointed.model.model.layers, policy)
+    if policy == "full":
+        assert _kept_bytes(checkpointed.train()) < _kept_bytes(plain.train()) / 3
     losses = [module.train()(*_batch(), BOUNDARIES) for module in (plain, checkpointed)]
     assert torch.equal(*losses)
     [loss.backward() for loss in losses]
     for a, b in zip(plain.parameters(), checkpointed.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
+        assert torch.equal(a.grad, b.grad)
+    with torch.no_grad():
+        assert torch.equal(checkpointed(*_batch(), BOUNDARIES), losses[0].detach())
 
 
 def test_compiled_blocks_are_not_compiled_anew_for_other_boundaries():
