@@ -3,7 +3,7 @@
     python benchmarks/checkpoints.py            # a model of 200M parameters; about 10 GB of memory and of disk
 
 The stall is the time in which the training thread can do nothing else: the whole of a save at once; of an asynchronous
-one the time in `save` and the wait for the copy before the weights change. Arms alternate in one process. Then the
+one the time in `save` and the wait for the copy before the weights change. Arms alternate in one process. Before that the
 same model is trained by the command line on one process and on two ranks of fsdp, and the peaks are compared.
 """
 
@@ -40,6 +40,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory-only", action="store_true")
     parser.add_argument("--layers", type=int, default=16, help="of 12.8M parameters each")
     parser.add_argument(
         "--dir", type=Path, help="where to write; empty means the system's temporary directory"
@@ -54,8 +55,9 @@ def main() -> None:
         max_seq_len=256,
     )
     with tempfile.TemporaryDirectory(dir=arguments.dir) as directory:
-        measure_stall(model, Path(directory), arguments.rounds)
         measure_memory(model, Path(directory))
+        if not arguments.memory_only:
+            measure_stall(model, Path(directory), arguments.rounds)
 
 
 def measure_stall(model: ModelConfig, directory: Path, rounds: int) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import resource
-import sys
 import time
 from collections import deque
+from pathlib import Path
 
 import torch
 
@@ -51,8 +51,11 @@ def peak_memory_gib(device: torch.device) -> float:
     """Highest memory use so far: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # macOS counts bytes, Linux KiB
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux; getrusage's peak would begin with that of the process that started this one
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20  # KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
 
 
 def peak_flops(device: torch.device) -> tuple[float, str]:
