@@ -117,6 +117,13 @@ class Bench:
         directory = self.out / "arms" / name
         done = directory / "result.json"
         job = self.spec | plan | {"arm": arm, "rows": str(write_rows(self.out, self.spec, plan["steps"]))}
+        if not arm.startswith(
+            "trainway"
+        ):  # the peers' own schedules begin at a rate of 0, one step behind ours
+            from trainway.schedules import lr_factor
+
+            schedule = run_config(job).schedule
+            job["rate_factors"] = [lr_factor(schedule, n, job["steps"]) for n in range(1, job["steps"] + 1)]
         if done.exists() and (kept := json.loads(done.read_text()))["job"] == job:
             return kept
         shutil.rmtree(directory, ignore_errors=True)

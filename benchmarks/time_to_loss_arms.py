@@ -82,6 +82,14 @@ def run_trainer(directory: Path, job: dict[str, Any]) -> None:
             if state.global_step % job["every"] == 0 or state.global_step == job["steps"]:
                 clock.off(lambda: export_weights(directory, state.global_step, model.state_dict()))
 
+    class SameRates(Trainer):
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            factors = [*job["rate_factors"], 0.0]  # after the last step it is asked once more
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda step: factors[step]
+            )
+            return self.lr_scheduler
+
     def first_loss(module: Any, args: Any, output: Any) -> None:
         first_losses.append(output.loss.item())
         hook.remove()
@@ -91,12 +99,11 @@ def run_trainer(directory: Path, job: dict[str, Any]) -> None:
     arguments = TrainingArguments(
         str(directory / "trainer"), per_device_train_batch_size=ROWS, max_steps=job["steps"], optim="adamw_torch_fused",
         learning_rate=job["rates"]["adamw"], adam_beta1=BETAS[0], adam_beta2=BETAS[1], weight_decay=DECAY,
-        max_grad_norm=MAX_NORM, warmup_steps=job["warmup"], lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": MIN_LR_RATIO}, save_strategy="no", logging_strategy="no",
+        max_grad_norm=MAX_NORM, save_strategy="no", logging_strategy="no",
         report_to="none", use_cpu=True, disable_tqdm=True, train_sampling_strategy="sequential", bf16=False,
         gradient_checkpointing=False, remove_unused_columns=False, dataloader_pin_memory=False, seed=SEED,
     )  # fmt: skip
-    Trainer(model, arguments, train_dataset=Rows(), callbacks=[Watch()]).train()
+    SameRates(model, arguments, train_dataset=Rows(), callbacks=[Watch()]).train()
     write_raw(directory, clock, first_losses[0])
 
 
@@ -161,6 +168,7 @@ def run_litgpt(directory: Path, job: dict[str, Any]) -> None:
     plain_cross_entropy = pretrain.chunked_cross_entropy
     pretrain.validate, pretrain.chunked_cross_entropy = validate, cross_entropy
     pretrain.save_checkpoint = lambda *args, **kwargs: None
+    pretrain.get_lr = lambda rate, step, *args: rate * job["rate_factors"][step]
     initial: dict[str, Any] = {}
     copy_weights_hf_llama(config, {}, initial, load_file(job["weights"]))
     (directory / "initial").mkdir()
@@ -176,7 +184,7 @@ def run_litgpt(directory: Path, job: dict[str, Any]) -> None:
         train=TrainArgs(
             save_interval=None, log_interval=100, global_batch_size=ROWS, micro_batch_size=ROWS,
             max_tokens=job["steps"] * ROWS * SEQ_LEN, max_norm=MAX_NORM, tie_embeddings=True,
-            min_lr=MIN_LR_RATIO * job["rates"]["adamw"], lr_warmup_steps=job["warmup"],
+            lr_warmup_steps=job["warmup"],
         ),
         optimizer={
             "class_path": "peer_optimizer.FusedAdamW",

@@ -110,20 +110,20 @@ class Saver:
         Raises:
             EnvironmentFault, PeerFailed: as `advance`.
         """
+        world = self.world
         # ranks other than 0 do not hear of the end of a commit: for them a save is under way until the next one
-        (under_way,) = self.world.sum(self._pending is not None)
+        (under_way,) = world.sum(self._pending is not None)
         if not under_way:
             return
         pending, self._pending = self._pending, None
-        try:
-            self.world.together(lambda: pending.writing.wait() if pending else None)
-            self.world.together(
-                lambda: self._finish_commit(pending) if pending and self.world.is_main else None
-            )
-        except BaseException:
-            if pending and self.world.is_main:
-                self.store.abort(pending.directory)
-            raise
+        with self._stall():
+            try:
+                world.together(lambda: pending.writing.wait() if pending else None)
+                world.together(lambda: self._finish_commit(pending) if pending and world.is_main else None)
+            except BaseException:
+                if pending and world.is_main:
+                    self.store.abort(pending.directory)
+                raise
 
     @contextmanager
     def _stall(self) -> Iterator[None]:

@@ -153,3 +153,23 @@ def test_a_full_disk_leaves_what_was_there(
     run.saver.save(state(3))  # the saver goes on
     run.saver.finish()
     assert run.store.steps() == [1, 3]
+
+
+def test_waiting_for_the_save_before_counts_as_stall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, asynchronous=True)
+    run.step()
+    write, go = saving.write_snapshot, threading.Event()
+
+    def held(*arguments: object) -> None:
+        go.wait(20)
+        write(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(saving, "write_snapshot", held)
+    run.saver.save(state(1))
+    run.step()
+    before = run.saver.stalled_s
+    threading.Timer(0.3, go.set).start()
+    run.saver.save(state(2))  # cannot begin before the first one is on the disk
+    assert run.saver.stalled_s - before > 0.2
+    run.saver.finish()
+    assert run.published == [1, 2]
