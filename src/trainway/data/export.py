@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from trainway.config.schema import DataConfig
 from trainway.data.convert import NothingWrittenError, json_line, open_writer, reshape
+from trainway.data.formats import read_rows
 from trainway.data.printable import printable
 from trainway.data.quarantine import Quarantine, check_output, open_quarantine
 from trainway.data.records import FieldNames, Kind, parse_record
-from trainway.data.rows import BadRecord, BadRow, MalformedError, Row, file_kind, read_rows
+from trainway.data.rows import BadRecord, BadRow, MalformedError, Row, file_kind
 from trainway.data.splits import parse_split
 from trainway.data.trees import Paths, conversations, is_tree
 from trainway.errors import ConfigError, DataError

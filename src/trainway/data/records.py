@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-from trainway.data.rows import BadRecord, BadRow, MalformedError, check_text, read_rows, type_name
+from trainway.data.formats import read_rows
+from trainway.data.rows import BadRecord, BadRow, MalformedError, check_text, type_name
 
 Shape = Literal["messages", "prompt", "text", "teacher"]
 Kind = Literal["auto", "messages", "prompt", "text", "teacher"]
@@ -138,7 +139,7 @@ class Located(NamedTuple):
 def read_records(
     path: Path, max_mib: int, *, names: FieldNames | None = None, kind: Kind = "auto"
 ) -> Iterator[Located | BadRow]:
-    """Stream the checked rows of one file, and a BadRow for each that is none; see `rows.read_rows`."""
+    """Stream the checked rows of one file, and a BadRow for each that is none; see `formats.read_rows`."""
     names = names or _NAMES
     for row in read_rows(path, max_mib, json_columns=names.lists()):
         if isinstance(row, BadRow):

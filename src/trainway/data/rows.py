@@ -1,4 +1,4 @@
-"""Rows of JSON lines, CSV and Parquet files, read one way: each is a dict with its line, or a named fault."""
+"""What all readers of rows share: a row or its named fault, texts checked; and the strict reader of JSON lines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,35 +90,6 @@ def file_kind(path: Path) -> FileKind | None:
     return "csv" if name.endswith(CSV_SUFFIXES) else None
 
 
-def read_rows(path: Path, max_mib: int, *, json_columns: Collection[str] = ()) -> Iterator[Row | BadRow]:
-    """Stream the rows of one file of JSON lines, CSV or Parquet; a row of more than `max_mib` MiB is a bad one.
-
-    json_columns: CSV columns whose cells hold JSON lists. Constant memory: one row, or one batch of Parquet rows.
-    Raises DataError for a file that is empty, unreadable, corrupt or of another kind.
-    """
-    limit = max_mib * MIB
-    match file_kind(path):
-        case "json":
-            with open_data(path) as file:
-                yield from _read_json_rows(file, path, limit)
-        case "csv":
-            from trainway.data.csvfile import read_csv
-
-            with open_data(path) as file:
-                yield from read_csv(file, path, limit, json_columns)
-        case "parquet":
-            from trainway.data.parquet import read_parquet
-
-            yield from read_parquet(path)
-        case _:
-            known = " ".join((*JSON_SUFFIXES, *CSV_SUFFIXES, *PARQUET_SUFFIXES))
-            raise DataError(
-                f"{path}: holds no rows",
-                f"rows are read from {known} (all but Parquet also with .gz)",
-                "convert or rename it",
-            )
-
-
 @contextmanager
 def open_data(path: Path) -> Iterator[BinaryIO]:
     """Open a file that is perhaps compressed. Raises DataError when it is empty, unreadable or a corrupt gzip."""
@@ -158,6 +129,21 @@ def read_lines(file: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | TooLon
                 size += len(rest) - ended
             yield number, TooLong(head, size)
         line = readline(length)
+
+
+def read_json_rows(file: BinaryIO, path: Path, limit: int) -> Iterator[Row | BadRow]:
+    """The rows of an opened file of JSON lines; one of more than `limit` bytes is a bad one."""
+    for number, line in read_lines(file, limit):
+        if isinstance(line, TooLong):
+            yield BadRow(BadRecord(path, number, "", too_long(limit)), line.head, line.size)
+        elif line.strip():
+            try:
+                value = decode_object(line)
+                if b"\\u" in line and _may_hold_lone_surrogate(line):
+                    _check_all_strings(value)
+                yield Row(value, number, line)
+            except MalformedError as bad:
+                yield BadRow(BadRecord(path, number, bad.field, bad.reason), line, len(line))
 
 
 def decode_object(line: bytes) -> dict[str, Any]:
@@ -258,20 +244,6 @@ def unreadable(path: Path, error: OSError) -> DataError:
     return DataError(
         f"{path}: cannot be read", str(error.strerror or error), "check the file and its permissions"
     )
-
-
-def _read_json_rows(file: BinaryIO, path: Path, limit: int) -> Iterator[Row | BadRow]:
-    for number, line in read_lines(file, limit):
-        if isinstance(line, TooLong):
-            yield BadRow(BadRecord(path, number, "", too_long(limit)), line.head, line.size)
-        elif line.strip():
-            try:
-                value = decode_object(line)
-                if b"\\u" in line and _may_hold_lone_surrogate(line):
-                    _check_all_strings(value)
-                yield Row(value, number, line)
-            except MalformedError as bad:
-                yield BadRow(BadRecord(path, number, bad.field, bad.reason), line, len(line))
 
 
 def _open(path: Path) -> BinaryIO:

@@ -52,12 +52,12 @@ def write_manifests(
             "validation": commit.validation and written_to_json(commit.validation),
         },
     }
-    todo = [(out, train, commit.train.shards)]
+    written = [(out, train, commit.train.shards)]
     if val_out is not None and commit.validation is not None:
         head = {**shared, "part": "validation", **made_of, "totals": commit.validation.totals()}
         # the first time it is the other way round: it tells that both directories are ours
-        todo.insert(len(todo) if commit.is_empty else 0, (val_out, head, commit.validation.shards))
-    for folder, head, shards in todo:
+        written.insert(len(written) if commit.is_empty else 0, (val_out, head, commit.validation.shards))
+    for folder, head, shards in written:
         _write(folder, head, shards)
 
 

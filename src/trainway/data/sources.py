@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from trainway.config.schema import DataConfig
+from trainway.data.formats import read_rows
 from trainway.data.printable import printable
 from trainway.data.rows import (
     BOM,
@@ -31,7 +32,6 @@ from trainway.data.rows import (
     invalid_utf8,
     open_data,
     read_lines,
-    read_rows,
     too_long,
 )
 from trainway.data.shards import SHARD_MANIFEST, read_shards

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from trainway.data.columns import Columns
 from trainway.data.convert import convert, open_writer, reshape
 from trainway.data.dedup import Deduplicator
+from trainway.data.formats import read_rows
 from trainway.data.records import FieldNames, parse_record
-from trainway.data.rows import MalformedError, Row, read_rows
+from trainway.data.rows import MalformedError, Row
 from trainway.errors import ConfigError, DataError
 
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from trainway.config.schema import DataConfig
 from trainway.data.csvfile import AFTER_QUOTE, NEVER_CLOSED, csv_line
-from trainway.data.rows import KEPT_BYTES, BadRow, Row, read_rows
+from trainway.data.formats import read_rows
+from trainway.data.rows import KEPT_BYTES, BadRow, Row
 from trainway.data.sources import Document, read_documents
 from trainway.errors import DataError
 
