@@ -36,20 +36,8 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
 
     Raises EnvironmentFault when the disk is full, read-only or failing; the temporary file is gone then.
     """
-    path = Path(path)
-    temp = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-    payload = data.encode("utf-8") if isinstance(data, str) else data
-    with disk_faults(path):
-        try:
-            with open(temp, "wb") as file:
-                file.write(payload)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temp, path)
-            fsync_directory(path.parent)
-        except BaseException:
-            temp.unlink(missing_ok=True)
-            raise
+    with atomic_open(path) as file:
+        file.write(data.encode("utf-8") if isinstance(data, str) else data)
 
 
 @contextmanager

@@ -22,7 +22,8 @@ def build_optimizers(
     """The optimisers of a run, each parameter in exactly one of them; every group carries its `peak_lr`.
 
     adamw: one AdamW. muon: Muon for the blocks' matrices, then AdamW for the rest. Vectors have no weight decay.
-    `spread` and `num_rows`: where the rows of Muon's matrices lie, and how many a whole one has (see `Muon`). Raises ConfigError when nothing is trainable.
+    `spread` and `num_rows`: where the rows of Muon's matrices lie, and how many a whole one has (see `Muon`).
+    Raises ConfigError when nothing is trainable.
     """
     trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
     if not trainable:

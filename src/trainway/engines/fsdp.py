@@ -52,6 +52,7 @@ class FSDPLearner(SingleLearner):
         self._mesh = mesh
         self._root = cast(FSDPModule, module)
         self._sharded: list[tuple[Tensor, Tensor]] = []  # FSDP's parameter, and this rank's rows of it
+        self._whole_rows: dict[int, int] = {}  # by id of this rank's rows: how many the whole parameter has
         super().__init__(module, model, optim, world, precision)
 
     def step(self, lr_factor: float, max_norm: float, accept: Any) -> float:
@@ -80,6 +81,7 @@ class FSDPLearner(SingleLearner):
         for name, parameter in self.model.named_parameters():
             rows = nn.Parameter(_rows(parameter.detach()), requires_grad=parameter.requires_grad)
             self._sharded.append((parameter, rows))
+            self._whole_rows[id(rows)] = parameter.shape[0]
             chunk = -(-parameter.shape[0] // shards.size())
             start = min(shards.get_local_rank() * chunk, parameter.shape[0])
             assert len(rows) == min(chunk, parameter.shape[0] - start), (
@@ -93,7 +95,7 @@ class FSDPLearner(SingleLearner):
         return Spread(self._mesh.get_group("shard"), replicas, self.world.device)
 
     def _num_rows(self, parameter: Tensor) -> int:
-        return next(piece.shape[0] for piece in self.pieces.values() if piece.tensor is parameter)
+        return self._whole_rows[id(parameter)]
 
 
 def sharding_mesh(engine: EngineConfig, world: World) -> DeviceMesh:
@@ -129,10 +131,8 @@ def shard(
     offload: OffloadPolicy = OffloadPolicy()
     if engine.cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
-        policy = MixedPrecisionPolicy(
-            param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
         fully_shard(
             block,
             mesh=mesh,
