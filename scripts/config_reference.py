@@ -15,7 +15,8 @@ OPENING = """# Configuration
 This page is made from the schema by `python scripts/config_reference.py`.
 
 A configuration is a preset's name or a YAML or TOML file. Later layers win: defaults, then the preset that `extends` names,
-the file itself, environment variables (`RUN_EXPERIMENT`, `TRAINWAY_RUNS_DIR`, `TRAINWAY_STORE_DIR`), `key=value` arguments.
+the file itself, environment variables (`RUN_EXPERIMENT`, `TRAINWAY_RUNS_DIR`, `TRAINWAY_STORE_DIR`, `TRAIN_BACKEND`,
+`PUSH_TO_HUB`, `RUN_EVALUATION`), `key=value` arguments.
 
 ```yaml
 extends: m3_medium
@@ -26,8 +27,20 @@ train:
 ```
 
 `trainway config check FILE` validates it, `trainway config show FILE` tells where each value came from. A key may be
-given by its full name (`train.seq_len`), by its last part where that is unique (`seq_len`), or by the name that Hugging
-Face users know (`block_size`). An unknown key is an error that names the nearest one; so is a key that the run would ignore.
+given by its full name (`train.seq_len`), by its last part where that is unique (`seq_len`), or by the name that users of
+Hugging Face's trainers, TRL, Axolotl and LLaMA-Factory know (`block_size`, `max_length`, `cutoff_len`). An unknown key is
+an error that names the nearest one; so is a key that the run would ignore. A token is refused wherever settings stand:
+set `HF_TOKEN` in the environment, or run `hf auth login`.
+
+```bash
+trainway train lora_default --model Qwen/Qwen2.5-3B-Instruct --data chats.jsonl --lora-r 8 --packing
+trainway train gpt_oss_20b_full engine=fsdp train.seq_len=1024
+trainway train gpt_oss_20b_lora --include_gpus 0,1 --no_evaluation
+trainway train my.yaml 'lora.rank_pattern={"layers.7.self_attn.q_proj": 32}'
+```
+
+Any setting of `lora` turns it on; `lora=false` turns it off, whatever a preset or a file says below. A choice of engine
+over a preset's takes what it can offload: `engine=fsdp` moves weights too where ZeRO-3 moved the optimiser's state alone.
 """
 
 
@@ -60,7 +73,7 @@ def _resolve(schema: dict[str, Any], value: dict[str, Any]) -> dict[str, Any]:
 
 def _default(value: dict[str, Any]) -> str:
     default = value.get("default")
-    return "" if default in (None, "", []) else f"`{default}`"
+    return "" if default in (None, "", [], {}) else f"`{default}`"
 
 
 def _meaning(value: dict[str, Any]) -> str:

@@ -62,5 +62,12 @@ echo "setup: installing $torch_pin"
 "${pip[@]}" "$torch_pin"
 echo "setup: installing trainway${extra:+ and its $extra tools} at the versions in constraints.txt"
 "${pip[@]}" -c constraints.txt -e ".${extra:+[$extra]}"
+if [ "$extra" = dev ]; then
+  deepspeed_pin="$(grep -E '^deepspeed==' constraints.txt)"
+  # its own setup imports torch, so it is built here and not in an environment of its own; nothing is compiled
+  echo "setup: installing $deepspeed_pin"
+  "${pip[@]}" -c constraints.txt setuptools wheel ninja
+  "${pip[@]}" -c constraints.txt --no-build-isolation "$deepspeed_pin"
+fi
 echo "$wanted $extra" >"$stamp"
 echo "setup: done"

@@ -1,7 +1,8 @@
-"""A Hugging Face Hub on this machine: datasets of given files at given commits, for real `datasets` streaming."""
+"""A Hugging Face Hub on this machine: datasets and models of given files at given commits, for the real libraries."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import urllib.parse
@@ -12,11 +13,14 @@ from typing import Any
 
 
 class FakeHub:
-    """`commits` of a dataset: {commit: {file name: bytes}}; the newest is the one added last."""
+    """`commits` of a dataset or model: {commit: {file name: bytes}}; the newest is the one added last."""
 
     def __init__(self) -> None:
         self.datasets: dict[str, dict[str, dict[str, bytes]]] = {}
+        self.models: dict[str, dict[str, dict[str, bytes]]] = {}
         self.gated: set[str] = set()
+        self.cut: set[str] = set()
+        """Files whose connection breaks off halfway."""
         self.token: str | None = None
         self.requests: list[tuple[str, str | None]] = []
         self.url = ""
@@ -26,24 +30,28 @@ class FakeHub:
         self.requests.append((path, authorization))
         parts = urllib.parse.unquote(path.split("?")[0]).strip("/").split("/")
         is_api = parts[0] == "api"
-        name = "/".join(parts[2:4] if is_api else parts[1:3])
-        rest = parts[4:] if is_api else parts[3:]
-        if name not in self.datasets:
+        parts = parts[1:] if is_api else parts
+        if parts[0] not in ("datasets", "models"):  # the files of a model lie at the top
+            parts = ["models", *parts]
+        repositories = self.models if parts[0] == "models" else self.datasets
+        name, rest = "/".join(parts[1:3]), parts[3:]
+        if name not in repositories:
             return 404, b"{}", {"X-Error-Code": "RepoNotFound"}
-        if name in self.gated and authorization != f"Bearer {self.token}":
+        is_open = repositories is self.models and is_api  # of a gated model anyone may see the list of files
+        if name in self.gated and not is_open and authorization != f"Bearer {self.token}":
             return (
-                403,
+                403 if authorization else 401,
                 b"{}",
                 {"X-Error-Code": "GatedRepo", "X-Error-Message": f"Access to {name} is restricted."},
             )
-        commits = self.datasets[name]
+        commits = repositories[name]
         wanted = rest[1] if len(rest) > 1 else "main"
         commit = list(commits)[-1] if wanted == "main" else wanted
         if commit not in commits:
             return 404, b"{}", {"X-Error-Code": "RevisionNotFound"}
         files = commits[commit]
         if is_api and rest[:1] in ([], ["revision"]):
-            siblings = [{"rfilename": file} for file in files]
+            siblings = [{"rfilename": file, "size": len(data)} for file, data in files.items()]
             return _json(
                 {
                     "id": name,
@@ -63,7 +71,8 @@ class FakeHub:
         file = "/".join(rest[2:])
         if file not in files:
             return 404, b"{}", {"X-Error-Code": "EntryNotFound"}
-        return 200, files[file], {"ETag": f'"{commit}"', "X-Repo-Commit": commit}
+        etag = commit if repositories is self.datasets else hashlib.sha256(files[file]).hexdigest()
+        return 200, files[file], {"ETag": f'"{etag}"', "X-Repo-Commit": commit}
 
 
 @contextmanager
@@ -89,13 +98,16 @@ def serve(hub: FakeHub) -> Iterator[FakeHub]:
                 self.send_header(key, value)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            if self.command != "HEAD":
+            if self.command != "HEAD" and self.path.rpartition("/")[2] in hub.cut:
+                self.wfile.write(body[: len(body) // 2])
+                self.close_connection = True
+            elif self.command != "HEAD":
                 self.wfile.write(body)
 
         do_HEAD = do_POST = do_GET  # noqa: N815 - the names that the server looks for
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     hub.url = f"http://127.0.0.1:{server.server_port}"
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,15 +15,33 @@ CPU_CHUNK_LOGITS = 2**22
 """Logits that a CPU holds at a time, 16 MiB: the allocator keeps such a block instead of returning its pages."""
 
 
+class LogitForm(NamedTuple):
+    """What a model does to the products of its head before they are logits: softcap * tanh(scale * x / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    """Gemma 2, arXiv 2408.00118, section 2; None for scale * x."""
+
+
+PLAIN = LogitForm()
+
+
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, z_loss: float = 0.0
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_tokens: int,
+    z_loss: float = 0.0,
+    *,
+    bias: Tensor | None = None,
+    form: LogitForm = PLAIN,
 ) -> Tensor:
-    """Sum of the negative log-likelihoods (nats) of `labels` under the logits hidden @ weight.T; 0-d fp32.
+    """Sum of the negative log-likelihoods (nats) of `labels` under the logits form(hidden @ weight.T + bias); 0-d fp32.
 
     With z_loss: that sum, and z_loss times the sum over targets of logsumexp(logits)^2 (Chowdhery et al. 2022, PaLM,
     arXiv 2204.02311, section 5); [2] fp32. The gradient is that of their sum, so go backward from `.sum()`.
 
-    hidden [N, H], weight [V, H], labels [N] with `IGNORE_INDEX` where there is no target. At most `chunk_tokens` rows
+    hidden [N, H], weight [V, H], bias [V], labels [N] with `IGNORE_INDEX` where there is no target. At most `chunk_tokens` rows
     of logits are alive at a time. Gradients are made in the forward pass while a chunk's probabilities are at hand,
     so that nothing is kept or computed twice (Hsu et al. 2024, Liger Kernel, section 3.2). Under autocast the GEMMs
     run in its type; softmax, sums and the head's gradient are fp32. fp64 stays fp64.
@@ -35,8 +53,8 @@ def linear_cross_entropy(
             hidden, labels = hidden.index_select(0, kept), labels.index_select(0, kept)
     # the Function's own forward runs without grad mode, so what needs a gradient is settled here
     grads = torch.is_grad_enabled()
-    needs = (grads and hidden.requires_grad, grads and weight.requires_grad)
-    sums: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, chunk_tokens, z_loss, needs)
+    needs = tuple(grads and x is not None and x.requires_grad for x in (hidden, weight, bias))
+    sums: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, chunk_tokens, z_loss, form, needs)
     return sums if z_loss else sums.sum()  # not sums[0]: FSDP2 warns of views
 
 
@@ -46,7 +64,9 @@ def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int)
     hidden, weight, stat_type = _gemm_operands(hidden, weight)
     buffer = _logit_buffer(hidden, weight, chunk_tokens)
     losses = [
-        _chunk_log_probs(hidden[start : start + part.shape[0]], weight, stat_type, part, buffer)[1]
+        _log_probs(
+            _logits(hidden[start : start + part.shape[0]], weight, None, PLAIN, buffer)[0], stat_type, part
+        )[1]
         for start, part in _chunks(labels, buffer.shape[0])
     ]
     return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=stat_type)
@@ -58,56 +78,55 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         labels: Tensor,
         chunk_tokens: int,
         z_loss: float,
-        needs: tuple[bool, bool],
+        form: LogitForm,
+        needs: tuple[bool, ...],
     ) -> Tensor:
         x, w, stat_type = _gemm_operands(hidden, weight)
         sums = x.new_zeros(2 if z_loss else 1, dtype=stat_type)
         d_hidden = torch.empty_like(x) if needs[0] else None
         d_weight = torch.zeros_like(weight, dtype=stat_type) if needs[1] else None
+        d_bias = x.new_zeros(len(weight), dtype=stat_type) if needs[2] else None
         # inside the Function autocast is still on and would undo the choice of types
         with torch.autocast(x.device.type, enabled=False):
             buffer = _logit_buffer(x, w, chunk_tokens)
             for start, part in _chunks(labels, buffer.shape[0]):
                 rows = x[start : start + part.shape[0]]  # [n, H]
-                log_probs, nll, log_z = _chunk_log_probs(rows, w, stat_type, part, buffer, bool(z_loss))
+                logits, slope = _logits(rows, w, bias, form, buffer)
+                log_probs, nll, log_z = _log_probs(logits, stat_type, part, bool(z_loss))
                 sums[0] += nll.sum()
                 if log_z is not None:
                     sums[1] += z_loss * log_z.square().sum()
                 if not any(needs):
                     continue
                 pull = None if log_z is None else 2 * z_loss * log_z
-                d_logits = _logit_gradient(log_probs, part, pull).to(x.dtype)  # [n, V]
+                d_logits = _product_gradient(_logit_gradient(log_probs, part, pull), slope, form).to(x.dtype)
                 if d_hidden is not None:
                     torch.mm(d_logits, w, out=d_hidden[start : start + part.shape[0]])
                 if d_weight is not None and d_weight.dtype == d_logits.dtype:
                     d_weight.addmm_(d_logits.t(), rows)
                 elif d_weight is not None:
                     d_weight += d_logits.t() @ rows
+                if d_bias is not None:
+                    d_bias += d_logits.sum(0, dtype=stat_type)
+        gradients = ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
         ctx.save_for_backward(
-            None if d_hidden is None else d_hidden.to(hidden.dtype),
-            None if d_weight is None else d_weight.to(weight.dtype),
+            *(None if gradient is None or of is None else gradient.to(of.dtype) for gradient, of in gradients)
         )
         return sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = ctx.saved_tensors
         grad_loss = grad_sums[0]
         # only where looking does not wait for the device
         if grad_sums.numel() == 2 and grad_sums.device.type == "cpu":
             assert bool((grad_sums == grad_loss).all()), "the gradient is that of the sum of both losses"
-        return (
-            None if d_hidden is None else d_hidden * grad_loss.to(d_hidden.dtype),
-            None if d_weight is None else d_weight * grad_loss.to(d_weight.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+        gradients = (None if kept is None else kept * grad_loss.to(kept.dtype) for kept in ctx.saved_tensors)
+        return (*gradients, None, None, None, None, None)
 
 
 def _gemm_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
@@ -130,17 +149,26 @@ def _logit_buffer(rows: Tensor, weight: Tensor, chunk_tokens: int) -> Tensor:
     return rows.new_empty(min(chunk_tokens, max(1, rows.shape[0])), weight.shape[0])
 
 
-def _chunk_log_probs(
-    rows: Tensor,
-    weight: Tensor,
-    stat_type: torch.dtype,
-    labels: Tensor,
-    buffer: Tensor,
-    with_log_z: bool = False,
+def _logits(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, form: LogitForm, buffer: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Logits [n, V], written over `buffer`, and the slope of the softcap at each if there is one."""
+    logits = torch.mm(rows, weight.t(), out=buffer[: rows.shape[0]])
+    if bias is not None:
+        logits += bias.to(logits.dtype)
+    if form.scale != 1.0:
+        logits *= form.scale
+    if form.softcap is None:
+        return logits, None
+    slope = 1.0 - logits.div_(form.softcap).tanh_().square()
+    return logits.mul_(form.softcap), slope
+
+
+def _log_probs(
+    logits: Tensor, stat_type: torch.dtype, labels: Tensor, with_log_z: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probabilities [n, V], the loss of each row [n] and, if wanted, logsumexp of its logits [n]; the last two are
-    0 for an ignored row. Writes over `buffer`."""
-    logits = torch.mm(rows, weight.t(), out=buffer[: rows.shape[0]])
+    0 for an ignored row. May write over the logits."""
     ignored = labels == IGNORE_INDEX
     targets = labels.masked_fill(ignored, 0)[:, None]
     # log_softmax may write over the logits; one of each row, kept, gives the normaliser back: logit - log-probability
@@ -166,3 +194,10 @@ def _logit_gradient(log_probs: Tensor, labels: Tensor, pull: Tensor | None = Non
     if log_probs.device.type == "cpu":
         return probs  # linear_cross_entropy has left the ignored rows out already
     return probs.masked_fill_(ignored[:, None], 0.0)
+
+
+def _product_gradient(d_logits: Tensor, slope: Tensor | None, form: LogitForm) -> Tensor:
+    """The gradient of the head's products from that of the logits, in place."""
+    if slope is not None:
+        d_logits.mul_(slope)
+    return d_logits if form.scale == 1.0 else d_logits.mul_(form.scale)

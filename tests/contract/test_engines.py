@@ -17,11 +17,13 @@ ENGINES: dict[str, tuple[int, list[str]]] = {
     "ddp": (2, ["engine.name=ddp"]),
     "fsdp": (2, ["engine.name=fsdp"]),
     "hybrid": (2, ["engine.name=fsdp", "engine.sharding=hybrid", "engine.shard_ranks=1"]),
+    "zero2": (2, ["engine.name=zero2"]),
+    "zero3": (2, ["engine.name=zero3"]),
 }
 """Every engine by the number of processes and settings."""
 VARIANTS: dict[str, tuple[int, list[str]]] = {
     "fsdp-alone": (1, ["engine.name=fsdp"]),
-    "fsdp-offload": (2, ["engine.name=fsdp", "engine.cpu_offload=true"]),
+    "fsdp-offload": (2, ["engine.name=fsdp", "engine.cpu_offload=all"]),
     "fsdp-gathered": (2, ["engine.name=fsdp", "engine.reshard_after_forward=false"]),
     "fsdp-selective": (2, ["engine.name=fsdp", "train.activation_checkpointing=selective"]),
     "fsdp-full": (2, ["engine.name=fsdp", "train.activation_checkpointing=full"]),
@@ -30,9 +32,22 @@ VARIANTS: dict[str, tuple[int, list[str]]] = {
     "single-full": (1, ["train.activation_checkpointing=full"]),
     "single-async": (1, ["checkpoint.async_save=true"]),
     "fsdp-async": (2, ["engine.name=fsdp", "checkpoint.async_save=true"]),
+    "zero2-alone": (1, ["engine.name=zero2"]),
+    "zero3-alone": (1, ["engine.name=zero3"]),
+    "zero2-offload": (2, ["engine.name=zero2", "engine.cpu_offload=optimizer"]),
+    "zero3-offload": (2, ["engine.name=zero3", "engine.cpu_offload=optimizer"]),
+    "zero3-offload-all": (2, ["engine.name=zero3", "engine.cpu_offload=all"]),
+    "zero3-selective": (2, ["engine.name=zero3", "train.activation_checkpointing=selective"]),
+    "zero3-full": (2, ["engine.name=zero3", "train.activation_checkpointing=full"]),
+    "zero3-async": (2, ["engine.name=zero3", "checkpoint.async_save=true"]),
 }
-CASES = [(optimizer, engine) for optimizer in ("adamw", "muon") for engine in ENGINES if engine != "single"]
-CASES += [("adamw", variant) for variant in VARIANTS]
+DEEPSPEED = {name for name in ENGINES | VARIANTS if name.startswith("zero")}
+CASES = [
+    ("adamw", name, [pytest.mark.slow] if name in DEEPSPEED & VARIANTS.keys() else [])
+    for name in ENGINES | VARIANTS
+    if name != "single"
+]
+CASES += [("muon", name, []) for name in ENGINES if name != "single" and name not in DEEPSPEED]
 
 
 class Runs:
@@ -56,7 +71,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, corpus: Path, store_dir: Path
     return Runs(tmp_path_factory.mktemp("engines"), corpus, store_dir)
 
 
-@pytest.mark.parametrize(("optimizer", "engine"), CASES)
+@pytest.mark.parametrize(
+    ("optimizer", "engine"), [pytest.param(*case, marks=marks) for *case, marks in CASES]
+)
 def test_an_engine_trains_as_one_process_does(
     runs: Runs, tmp_path: Path, optimizer: str, engine: str
 ) -> None:
@@ -81,9 +98,12 @@ def test_an_engine_trains_as_one_process_does(
     assert (single / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "hybrid"])
+@pytest.mark.parametrize(
+    "engine",
+    ["fsdp", "hybrid", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3"))],
+)
 def test_bf16_shards_train_as_bf16_does(engine: str, tmp_path: Path, corpus: Path, store_dir: Path) -> None:
-    """Weights that travel in bf16 are those that autocast would have made of fp32 ones."""
+    """Weights that travel in bf16 are those that autocast would have made of fp32 ones; DeepSpeed's model is bf16."""
     found = {}
     for name in ("single", engine):
         nproc, settings = ENGINES[name]
@@ -95,15 +115,43 @@ def test_bf16_shards_train_as_bf16_does(engine: str, tmp_path: Path, corpus: Pat
     assert found[engine] == pytest.approx(found["single"], rel=2e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_padding_of_three_ranks_never_reaches_a_file(
+    engine: str, tmp_path: Path, corpus: Path, store_dir: Path
+) -> None:
+    """No weight's elements are a multiple of 3; one process goes on from what three have saved."""
+    batch = {"global_batch_size": 12}
+    single = write_config(tmp_path / "s.yaml", tiny(corpus, store_dir, tmp_path / "single", **batch))
+    run_cli("train", single)
+    config = tiny(corpus, store_dir, tmp_path / "run", **batch)
+    config["checkpoint"] = {"save_every": 10}
+    path = write_config(tmp_path / "c.yaml", config)
+    process = launch(path, "--nproc", "3", f"engine.name={engine}")
+    wait_for(lambda: (tmp_path / "run/checkpoints/step-10").is_dir(), process, 300)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 75, (tmp_path / "launch.log").read_text()
+    run_cli("train", path)
+    for a, b in zip(metrics(tmp_path / "run"), metrics(tmp_path / "single"), strict=True):
+        assert (a["step"], a["samples"]) == (b["step"], b["samples"])
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-5)
+    a, b = (
+        load_file(export(tmp_path / name, tmp_path / f"{name}-out", which="latest") / "model.safetensors")
+        for name in ("single", "run")
+    )
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[name], b[name], rtol=0, atol=1e-5) for name in a)
+
+
 def test_every_engine_goes_on_from_every_other(
     runs: Runs, tmp_path: Path, corpus: Path, store_dir: Path
 ) -> None:
-    """fsdp x 2, single, ddp x 2, hybrid and fsdp x 1 take turns in one run: the same rows and losses."""
+    """Seven engines take turns in one run: the same rows and losses."""
     config = tiny(corpus, store_dir, tmp_path / "run")
-    config["checkpoint"] = {"save_every": 4}
+    config["checkpoint"] = {"save_every": 3}
     path = write_config(tmp_path / "c.yaml", config)
-    order = ["fsdp", "single", "ddp", "hybrid", "fsdp-alone"]
-    for step, engine in zip((4, 8, 12, 16, 20), order, strict=True):
+    order = ["fsdp", "zero3", "single", "zero2", "hybrid", "ddp", "zero3-alone"]
+    for step, engine in zip((3, 6, 9, 12, 15, 18, 20), order, strict=True):
         nproc, settings = (ENGINES | VARIANTS)[engine]
         process = launch(path, "--nproc", str(nproc), *settings)
         wait_for(lambda s=step: (tmp_path / f"run/checkpoints/step-{s}").is_dir(), process)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trainway.losses import IGNORE_INDEX, linear_cross_entropy, token_nll
+from trainway.losses import IGNORE_INDEX, LogitForm, linear_cross_entropy, token_nll
 
 
 def _case(rows=37, width=16, vocab=53, dtype=torch.float32, ignored=True):
@@ -171,3 +171,58 @@ def test_z_loss_without_targets_is_zero():
     sums = linear_cross_entropy(hidden, weight, torch.full_like(labels, IGNORE_INDEX), 8, 0.1)
     sums.sum().backward()
     assert sums.tolist() == [0.0, 0.0] and not hidden.grad.any()
+
+
+FORMS = [LogitForm(scale=0.3), LogitForm(softcap=2.0), LogitForm(scale=1.7, softcap=0.8), LogitForm()]
+
+
+def _formed(hidden, weight, bias, form):
+    logits = (hidden @ weight.T + bias) * form.scale
+    return logits if form.softcap is None else form.softcap * torch.tanh(logits / form.softcap)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("z_loss", [0.0, 0.05])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+def test_scales_softcaps_and_biases_equal_autograd(form, z_loss, dtype, tolerance):
+    hidden, weight, labels = _case(dtype=dtype)
+    bias = torch.randn(len(weight), dtype=dtype, generator=torch.Generator().manual_seed(1))
+    ours, theirs = ([x.clone().requires_grad_() for x in (hidden, weight, bias)] for _ in range(2))
+    sums = linear_cross_entropy(*ours[:2], labels, 8, z_loss, bias=ours[2], form=form)
+    logits = _formed(*theirs, form)
+    nll = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE_INDEX)
+    z = z_loss * (logits.logsumexp(-1)[labels != IGNORE_INDEX] ** 2).sum()
+    (sums.sum() / 7).backward()
+    ((nll + z) / 7).backward()
+    torch.testing.assert_close(sums.sum(), nll + z, rtol=tolerance, atol=0)
+    for a, b in zip(ours, theirs, strict=True):
+        assert b.grad.norm() > 1e-2
+        torch.testing.assert_close(a.grad, b.grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_gradcheck(form):
+    hidden, weight, labels = _case(rows=7, width=4, vocab=6, dtype=torch.float64)
+    bias = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    inputs = tuple(x.requires_grad_() for x in (hidden, weight, bias))
+
+    def loss(hidden, weight, bias):
+        return linear_cross_entropy(hidden, weight, labels, 3, 0.3, bias=bias, form=form).sum()
+
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_forms_under_autocast():
+    hidden, weight, labels = _case(rows=64, width=64, vocab=200)
+    bias = torch.randn(200, generator=torch.Generator().manual_seed(1))
+    form = LogitForm(scale=0.5, softcap=3.0)
+    ours, theirs = ([x.clone().requires_grad_() for x in (hidden, weight, bias)] for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(*ours[:2], labels, 16, bias=ours[2], form=form)
+    expected = F.cross_entropy(_formed(*theirs, form), labels, reduction="sum", ignore_index=IGNORE_INDEX)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.grad.dtype == torch.float32
+        assert (a.grad - b.grad).norm() < 3e-2 * b.grad.norm()

@@ -56,3 +56,12 @@ def test_wsd_without_a_stable_part_and_with_a_decay_of_one_step():
     assert [lr_factor(whole, step, 4) for step in (1, 2, 3, 4)] == [0.75, 0.5, 0.25, 0.0]
     short = whole.model_copy(update={"decay_ratio": 1e-6})
     assert [lr_factor(short, step, 4) for step in (1, 2, 3, 4)] == [1.0, 1.0, 1.0, 0.0]
+
+
+def test_warm_up_as_a_share_of_the_run() -> None:
+    config = ScheduleConfig(name="linear", warmup_ratio=0.1, min_lr_ratio=0.0)
+    assert [lr_factor(config, step, 40) for step in (1, 2, 4)] == [0.25, 0.5, 1.0]
+    assert lr_factor(config, 40, 40) == 0.0
+    assert lr_factor(ScheduleConfig(warmup_ratio=0.03), 1, 10) == pytest.approx(
+        1.0, abs=0.03
+    )  # no step warms up

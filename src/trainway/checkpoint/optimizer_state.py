@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,13 @@ from trainway.errors import DataError
 
 STEM = "optimizer"
 
+Room = Callable[[Piece, str, torch.dtype], torch.Tensor]
+"""Gives the tensor that a piece's state of a name is to be read into; it has the piece's shape."""
+
 
 @dataclass(frozen=True)
 class Slot:
-    """What an optimiser keeps for one parameter, of which this rank may hold only some rows."""
+    """What an optimiser keeps for one parameter, of which this rank may hold only a piece."""
 
     shape: tuple[int, ...]
     """Of the whole parameter."""
@@ -50,8 +53,7 @@ def optimizer_slots(
             if "/" in key:
                 raise TypeError(f"the key {key!r} of {name} holds a slash")
             if isinstance(value, torch.Tensor):
-                like = value.shape == piece.tensor.shape
-                tensors[key] = Piece(value, piece.shape, piece.start) if like else Piece.whole(value)
+                tensors[key] = piece.like(value) if value.shape == piece.tensor.shape else Piece.whole(value)
             elif value is None or isinstance(value, (bool, int, float, str)):
                 scalars[key] = value
             else:
@@ -67,16 +69,23 @@ def write_optimizer(slots: Mapping[str, Slot], directory: Path, part: Part = WHO
         for name, slot in slots.items()
     }
     pieces = {f"{name}/{key}": piece for name, slot in slots.items() for key, piece in slot.tensors.items()}
-    # what is not cut into rows, such as a count of steps, is the same on every rank
-    pieces = {key: piece for key, piece in pieces.items() if part.index == 0 or not piece.is_whole}
+    if part.index > 0:
+        # what is not cut as its parameter is, such as a count of steps, is the same on every rank
+        cut = {f"{name}/{key}" for name, slot in slots.items()
+               for key, piece in slot.tensors.items() if piece.shape == slot.shape}  # fmt: skip
+        pieces = {key: piece for key, piece in pieces.items() if key in cut}
     write_pieces(directory / part.file_name(STEM), pieces, {"layout": layout})
 
 
 def read_optimizer(
-    optimizers: Iterable[torch.optim.Optimizer], parameters: Mapping[str, Piece], directory: Path
+    optimizers: Iterable[torch.optim.Optimizer],
+    parameters: Mapping[str, Piece],
+    directory: Path,
+    room: Room | None = None,
 ) -> None:
     """Put the written state into optimisers, bit for bit; their state may be empty, their groups different.
 
+    `room`: where tensors that are cut as their parameter lie; empty makes them.
     Raises DataError naming every parameter that is missing, unexpected or of another shape, and for a damaged file;
     the optimisers are untouched then.
     """
@@ -101,7 +110,7 @@ def read_optimizer(
             optimizer, piece = slots[name]
             states[name] = dict(entry["scalars"])
             for key in entry["tensors"]:
-                states[name][key] = _placed(stored, f"{name}/{key}", key, optimizer, piece)
+                states[name][key] = _placed(stored, f"{name}/{key}", key, optimizer, piece, room)
     for name, (optimizer, piece) in slots.items():
         optimizer.state.pop(piece.tensor, None)
         if states[name]:
@@ -145,7 +154,12 @@ def _read_layout(stored: StoredTensors, directory: Path) -> dict[str, dict[str, 
 
 
 def _placed(
-    stored: StoredTensors, name: str, key: str, optimizer: torch.optim.Optimizer, piece: Piece
+    stored: StoredTensors,
+    name: str,
+    key: str,
+    optimizer: torch.optim.Optimizer,
+    piece: Piece,
+    room: Room | None,
 ) -> torch.Tensor:
     """A tensor of its own (not a view of the file) on the device where the optimiser wants it."""
     parameter = piece.tensor
@@ -157,5 +171,7 @@ def _placed(
             device = torch.device("cpu")
     if stored.shapes[name] != piece.shape:
         return stored.read(name).to(device, copy=True)
-    tensor = stored.read(name, piece.start, None if piece.is_whole else parameter.shape[0])
+    tensor = stored.read_piece(name, piece)
+    if room is not None:
+        return room(piece, key, tensor.dtype).copy_(tensor)
     return torch.empty_like(parameter, dtype=tensor.dtype, device=device, requires_grad=False).copy_(tensor)

@@ -1,8 +1,9 @@
-"""Named tensors in safetensors files: whole, or in pieces of rows of which each rank writes its own."""
+"""Named tensors in safetensors files: whole, or in pieces of which each rank writes its own."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,7 +26,10 @@ _PART_NAME = re.compile(r".+\.part-([0-9]{5})-of-([0-9]{5})\.safetensors")
 
 @dataclass(frozen=True)
 class Piece:
-    """The rows of `tensor`, which stand at `start` in a tensor of `shape`. A whole tensor is a piece, too."""
+    """Neighbouring elements of a flattened tensor of `shape`, those from `start` on; a whole tensor is a piece, too.
+
+    `tensor` holds them flat, or as rows [n, *shape[1:]] when they are whole rows: so they are stored, too.
+    """
 
     tensor: torch.Tensor
     shape: tuple[int, ...]
@@ -35,9 +39,26 @@ class Piece:
     def whole(cls, tensor: torch.Tensor) -> Piece:
         return cls(tensor, tuple(tensor.shape))
 
+    @classmethod
+    def rows(cls, tensor: torch.Tensor, shape: tuple[int, ...], first: int) -> Piece:
+        """The rows of `tensor`, which stand at row `first` of a tensor of `shape`."""
+        return cls(tensor, shape, first * math.prod(shape[1:]))
+
     @property
     def is_whole(self) -> bool:
         return tuple(self.tensor.shape) == self.shape
+
+    def like(self, tensor: torch.Tensor) -> Piece:
+        """The piece that stands in the same place and holds `tensor`."""
+        return Piece(tensor, self.shape, self.start)
+
+    def copy_from(self, whole: torch.Tensor) -> None:
+        """Fill the piece with its elements of a whole tensor, converted to its type."""
+        if self.is_whole:
+            self.tensor.copy_(whole)
+        else:
+            elements = whole.reshape(-1)[self.start : self.start + self.tensor.numel()]
+            self.tensor.copy_(elements.view(self.tensor.shape))
 
 
 @dataclass(frozen=True)
@@ -86,14 +107,19 @@ def write_tensors(
 
 def write_pieces(path: Path, pieces: Mapping[str, Piece], facts: Mapping[str, Any] | None = None) -> None:
     """Write pieces, where each one belongs, and `facts` that JSON can hold. Raises OSError of the disk."""
-    places = {
-        name: {"shape": list(piece.shape), "start": piece.start}
-        for name, piece in pieces.items()
-        if not piece.is_whole
-    }
+    places = {name: _place(piece) for name, piece in pieces.items() if not piece.is_whole}
     # one entry: safetensors writes several in an order that changes from run to run
     metadata = {METADATA: json.dumps({**(facts or {}), "pieces": places})}
     write_tensors(path, {name: piece.tensor for name, piece in pieces.items()}, metadata)
+
+
+def _place(piece: Piece) -> dict[str, Any]:
+    # rows are counted in rows: such files are what they were before there were other pieces
+    width = math.prod(piece.shape[1:])
+    if piece.tensor.shape[1:] == piece.shape[1:] and width:
+        assert piece.start % width == 0, f"the rows begin at element {piece.start}, rows are {width} wide"
+        return {"shape": list(piece.shape), "start": piece.start // width}
+    return {"shape": list(piece.shape), "element": piece.start}
 
 
 @contextmanager
@@ -115,7 +141,7 @@ def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         storage = (str(tensor.device), tensor.untyped_storage().data_ptr())
         # safetensors refuses two tensors that share memory, and one that has more memory than it shows
         if storage in seen or tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()
+            tensor = tensor.to("cpu", copy=True)  # where it is to be written from: a GPU has no room to spare
         seen.add(storage)
         result[name] = tensor
     return result
@@ -124,21 +150,24 @@ def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 # ---- reading
 
 
-class _Place(NamedTuple):
+class _Tile(NamedTuple):
     start: int
-    rows: int
+    """First element within the whole, flattened tensor."""
+    length: int
+    width: int
+    """Elements in one row of the tensor as it is stored."""
     file: Any  # an opened safetensors file
 
 
 class StoredTensors:
-    """The tensors of opened files, read by name and rows: what is not asked for is not read."""
+    """The tensors of opened files, read by name and place: what is not asked for is not read."""
 
     def __init__(self, opened: Sequence[tuple[Path, Any]]) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.files: dict[str, list[Path]] = {}
         self.facts: list[dict[str, Any]] = []
         """What `write_pieces` was told, by file; empty for a file that others have written."""
-        self._places: dict[str, list[_Place]] = {}
+        self._tiles: dict[str, list[_Tile]] = {}
         for path, file in opened:
             facts, places = _read_facts(file.metadata() or {}, path)
             self.facts.append(facts)
@@ -151,26 +180,55 @@ class StoredTensors:
                         fix=_CURE,
                     )
                 self.files.setdefault(name, []).append(path)
-                rows = found[0] if found else 1
-                self._places.setdefault(name, []).append(_Place(start, rows, file))
-        for name, tiles in self._places.items():
-            tiles.sort(key=lambda place: (place.start, place.rows))
+                tile = _Tile(start, math.prod(found), math.prod(found[1:]), file)
+                self._tiles.setdefault(name, []).append(tile)
+        for name, tiles in self._tiles.items():
+            tiles.sort(key=lambda tile: (tile.start, tile.length))
             _check_tiles(name, self.shapes[name], tiles, self.files[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a tensor, read without its values."""
+        shape = self.shapes[name]
+        return self.elements(name, 0, 0).dtype if shape else self.read(name).dtype
 
     def read(self, name: str, start: int = 0, rows: int | None = None) -> torch.Tensor:
         """The rows [start, start + rows) of a tensor, all of it without `rows`, on the CPU."""
-        places = self._places[name]
-        if rows is None and len(places) == 1:
-            return places[0].file.get_tensor(name)
-        stop = self.shapes[name][0] if rows is None else start + rows
+        tiles, shape = self._tiles[name], self.shapes[name]
+        if rows is None and len(tiles) == 1 and tiles[0].length == math.prod(shape):
+            return tiles[0].file.get_tensor(name).view(shape)
+        if rows is None:
+            return self.elements(name, 0, math.prod(shape)).view(shape)
+        width = math.prod(shape[1:])
+        return self.elements(name, start * width, rows * width).view(rows, *shape[1:])
+
+    def elements(self, name: str, start: int, count: int) -> torch.Tensor:
+        """The elements [start, start + count) of a tensor flattened, [count] on the CPU."""
+        tiles = self._tiles[name]
+        stop = start + count
         found = [
-            place.file.get_slice(name)[max(start - place.start, 0) : min(stop - place.start, place.rows)]
-            for place in places
-            if place.start < stop and start < place.start + place.rows
+            _read_tile(tile, name, max(start - tile.start, 0), min(stop - tile.start, tile.length))
+            for tile in tiles
+            if tile.start < stop and start < tile.start + tile.length
         ]
-        if not found:  # a rank that holds no row of it
-            return places[0].file.get_slice(name)[0:0]
+        if not found:  # a rank that holds nothing of it
+            return _read_tile(tiles[0], name, 0, 0)
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def read_piece(self, name: str, piece: Piece) -> torch.Tensor:
+        """The elements that belong into a piece, in the piece's own shape, on the CPU."""
+        if piece.is_whole:
+            return self.read(name)
+        return self.elements(name, piece.start, piece.tensor.numel()).view(piece.tensor.shape)
+
+
+def _read_tile(tile: _Tile, name: str, start: int, stop: int) -> torch.Tensor:
+    """Elements [start, stop) of a stored tensor, flat; whole rows are read, as few as hold them."""
+    stored = tile.file.get_slice(name)
+    if not stored.get_shape():
+        return tile.file.get_tensor(name).view(1)[start:stop]
+    width = max(tile.width, 1)
+    first, last = start // width, -(-stop // width)
+    return stored[first:last].reshape(-1)[start - first * width : stop - first * width]
 
 
 @contextmanager
@@ -204,20 +262,26 @@ def _read_facts(metadata: dict[str, str], path: Path) -> tuple[dict[str, Any], _
     try:
         facts = json.loads(metadata.get(METADATA, "{}"))
         places = facts.pop("pieces", {})
-        found = {name: (tuple(map(int, p["shape"])), int(p["start"])) for name, p in places.items()}
-        return facts, found
+        return facts, {name: _element(place) for name, place in places.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is malformed", "it does not say where its pieces belong", _CURE) from error
 
 
-def _check_tiles(name: str, shape: tuple[int, ...], tiles: list[_Place], files: list[Path]) -> None:
+def _element(place: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
+    shape = tuple(map(int, place["shape"]))
+    if "element" in place:
+        return shape, int(place["element"])
+    return shape, int(place["start"]) * math.prod(shape[1:])
+
+
+def _check_tiles(name: str, shape: tuple[int, ...], tiles: list[_Tile], files: list[Path]) -> None:
     end = 0
-    for place in tiles:
-        if place.start != end and place.rows:
+    for tile in tiles:
+        if tile.start != end and tile.length:
             break
-        end += place.rows
+        end += tile.length
     else:
-        if end == (shape[0] if shape else 1):
+        if end == math.prod(shape):
             return
     where = ", ".join(path.name for path in files[:4])
     raise DataError(

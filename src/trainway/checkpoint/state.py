@@ -43,6 +43,8 @@ class TrainState:
     config_hash: str
     data_hash: str
     tokenizer_hash: str
+    base_hash: str
+    """Identity of the model that the run started from; empty for a new one."""
 
     def to_json(self) -> str:
         """The state as JSON text. Floats are written by repr, so they come back bit for bit."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,13 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
+from trainway.checkpoint.adapter import (
+    ADAPTER_STEM,
+    adapter_config,
+    is_adapter,
+    saved_pieces,
+    write_adapter_config,
+)
 from trainway.checkpoint.pieces import (
     WHOLE,
     Part,
@@ -47,24 +55,41 @@ def write_model(
 ) -> None:
     """Write a transformers model, and its tokenizer, as a directory that `from_pretrained` loads.
 
-    Tied weights are stored once; the configuration names the weights' dtype. `weights`: by parameter name, instead of
-    the model's own. With several parts each rank writes its pieces into a file of its own (`assemble` makes a plain
-    directory of them), and the first part the configuration and the tokenizer. Raises OSError of the disk.
+    Tied weights are stored once; the configuration names the weights' dtype. Of a model with an adapter only that is
+    written, for peft's `from_pretrained`. `weights`: as `saved_pieces` gives them, instead of the model's own. With
+    several parts each rank writes its pieces into a file of its own (`assemble` makes a plain directory of them), and
+    the first part the configuration and the tokenizer. Raises OSError of the disk.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    adapted = adapter_config(model) is not None
+    if adapted and weights is None:
+        weights = saved_pieces(model, model_pieces(model))
+    if weights is not None and not adapted and part.index == 0:
+        weights = {**weights, **_persistent_buffers(model)}
     with disk_errors(), _quiet():
-        if part.count == 1:
+        if adapted and part.count == 1:
+            assert weights is not None
+            tensors = {name: piece.tensor for name, piece in weights.items()}
+            write_tensors(directory / part.file_name(ADAPTER_STEM), tensors, {"format": "pt"})
+        elif part.count == 1:
             state = None if weights is None else {name: piece.tensor for name, piece in weights.items()}
-            model.save_pretrained(directory, state_dict=state, max_shard_size=max_shard_size)
+            # by the names that they have in memory, whatever the family publishes: `load_model` goes by them
+            model.save_pretrained(
+                directory, state_dict=state, max_shard_size=max_shard_size, save_original_format=False
+            )
         else:
             assert weights is not None
-            write_pieces(directory / part.file_name(STEM), weights)
+            write_pieces(directory / part.file_name(ADAPTER_STEM if adapted else STEM), weights)
         if part.index > 0:
             return
-        if part.count > 1:
+        if adapted:
+            write_adapter_config(model, directory)
+        elif part.count > 1:
             _write_config(model, directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
+    if weights and not adapted:
+        _name_dtype(directory / "config.json", weights)
     # where a model or tokenizer was once loaded from is nobody's business
     for name in ("config.json", "tokenizer_config.json"):
         _drop_origin(directory / name)
@@ -76,8 +101,12 @@ def assemble(directory: Path, out: Path, *, max_shard_size: str = MAX_SHARD_SIZE
     Raises DataError for damaged pieces, OSError of the disk.
     """
     with open_tensors(_weight_files(directory)) as stored:
-        sizes = {name: torch.empty(shape, device="meta", dtype=_dtype(stored, name))
+        sizes = {name: torch.empty(shape, device="meta", dtype=stored.dtype(name))
                  for name, shape in stored.shapes.items()}  # fmt: skip
+        if is_adapter(directory):  # peft knows no shards
+            tensors = {name: stored.read(name) for name in sizes}
+            write_tensors(out / WHOLE.file_name(ADAPTER_STEM), tensors, {"format": "pt"})
+            return
         plan = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
         for file, names in plan.filename_to_tensors.items():
             write_tensors(out / file, {name: stored.read(name) for name in names}, {"format": "pt"})
@@ -91,7 +120,8 @@ def assemble(directory: Path, out: Path, *, max_shard_size: str = MAX_SHARD_SIZE
 
 def is_in_pieces(directory: Path) -> bool:
     """Whether a model directory was written by several ranks, so that plain transformers cannot load it yet."""
-    return any(directory.glob(f"{STEM}.part-*.safetensors"))
+    stem = ADAPTER_STEM if is_adapter(directory) else STEM
+    return any(directory.glob(f"{stem}.part-*.safetensors"))
 
 
 def model_pieces(model: torch.nn.Module) -> dict[str, Piece]:
@@ -110,19 +140,13 @@ def read_model_state(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def load_model(model: torch.nn.Module, directory: Path, pieces: Mapping[str, Piece] | None = None) -> None:
-    """Copy the stored weights into a materialised model, in place, one tensor at a time.
+    """Copy the stored weights into a materialised model, in place, one tensor at a time; an adapter into its adapter.
 
     `pieces`: what of each parameter is here to be filled; empty means all of it. Values are converted to the dtype of
     the model's tensors. Raises DataError naming every tensor that is missing, unexpected or of another shape; the
     model's content is undefined then.
     """
-    owners = {id(parameter): name for name, parameter in model.named_parameters()}
-    pieces = model_pieces(model) if pieces is None else pieces
-    # tied weights are one object under two names, and one of the names is enough
-    targets = {
-        name: pieces[owners[id(tensor)]] if id(tensor) in owners else Piece.whole(tensor)
-        for name, tensor in model.state_dict(keep_vars=True).items()
-    }
+    targets = _targets(model, model_pieces(model) if pieces is None else pieces)
     with torch.no_grad(), open_tensors(_weight_files(directory)) as stored:
         _check_index(directory, stored)
         problems = [f"{name} is unexpected" for name in stored.shapes.keys() - targets.keys()]
@@ -139,9 +163,8 @@ def load_model(model: torch.nn.Module, directory: Path, pieces: Mapping[str, Pie
 
 
 def copy_piece(stored: StoredTensors, name: str, target: Piece) -> None:
-    """Fill a piece with the rows that belong there."""
-    rows = None if target.is_whole else target.tensor.shape[0]
-    target.tensor.copy_(stored.read(name, target.start, rows))
+    """Fill a piece with the elements that belong there."""
+    target.tensor.copy_(stored.read_piece(name, target))
 
 
 def refuse_problems(what: str, problems: list[str]) -> None:
@@ -154,7 +177,21 @@ def refuse_problems(what: str, problems: list[str]) -> None:
         )
 
 
+def _targets(model: torch.nn.Module, pieces: Mapping[str, Piece]) -> dict[str, Piece]:
+    """What is to be filled, by the names that a model directory has for it."""
+    if adapter_config(model) is not None:
+        return saved_pieces(model, pieces)
+    owners = {id(parameter): name for name, parameter in model.named_parameters()}
+    # tied weights are one object under two names, and one of the names is enough
+    return {
+        name: pieces[owners[id(tensor)]] if id(tensor) in owners else Piece.whole(tensor)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+    }
+
+
 def _weight_files(directory: Path) -> list[Path]:
+    if is_adapter(directory):
+        return part_files(directory, ADAPTER_STEM)
     places = _index(directory)
     if places is None:
         return part_files(directory, STEM)
@@ -188,8 +225,15 @@ def _check_index(directory: Path, stored: StoredTensors) -> None:
 # ---- writing files
 
 
-def _dtype(stored: StoredTensors, name: str) -> torch.dtype:
-    return stored.read(name, 0, 0).dtype if stored.shapes[name] else stored.read(name).dtype
+def _persistent_buffers(model: torch.nn.Module) -> dict[str, Piece]:
+    """What a model stores beside its parameters, such as the biases of a router; every rank has all of it."""
+    # not by `state_dict`: under FSDP that reshards the model, and only this rank would
+    return {
+        f"{prefix}.{name}" if prefix else name: Piece.whole(buffer)
+        for prefix, owner in model.named_modules()
+        for name, buffer in owner._buffers.items()
+        if buffer is not None and name not in owner._non_persistent_buffers_set
+    }
 
 
 def _write_config(model: Any, directory: Path) -> None:
@@ -214,6 +258,15 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+def _name_dtype(path: Path, weights: Mapping[str, Piece]) -> None:
+    # a model that computes in bf16 may be saved as the fp32 weights that its optimiser keeps
+    dtype = functools.reduce(torch.promote_types, {piece.tensor.dtype for piece in weights.values()})
+    fields, name = read_json(path), str(dtype).removeprefix("torch.")
+    if fields.get("dtype") != name:
+        text = json.dumps({**fields, "dtype": name}, indent=2, sort_keys=True, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def _drop_origin(path: Path) -> None:

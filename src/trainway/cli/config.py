@@ -66,12 +66,7 @@ def check(words: Words = None, as_json: AsJson = False) -> None:
     if as_json:
         emit_json({"ok": True, "source": loaded.source_name, "parameters": parameters})
     else:
-        size = (
-            f"{parameters['total']:,} parameters"
-            if parameters
-            else "as many parameters as its tokenizer asks for"
-        )
-        emit(f"ok: {loaded.source_name}, {size}")
+        emit(f"ok: {loaded.source_name}, {_size(parameters, loaded.config.model.path)}")
 
 
 @config_app.command("show", context_settings=OPEN_ENDED)
@@ -112,3 +107,16 @@ def schema() -> None:
     from trainway.config.resolved import config_schema
 
     emit_json(config_schema())
+
+
+def _size(parameters: dict[str, int] | None, model: str | None) -> str:
+    """How large the model is, in words, as far as the plan knows."""
+    if parameters is None:
+        return (
+            f"as many parameters as {model} has" if model else "as many parameters as its tokenizer asks for"
+        )
+    size = f"{parameters['total']:,} parameters"
+    if "trainable" in parameters:
+        share = 100 * parameters["trainable"] / parameters["total"]
+        size += f", {parameters['trainable']:,} of them trained ({share:.2g} %)"
+    return size

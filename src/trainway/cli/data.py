@@ -48,7 +48,7 @@ def prepare(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Validate, split and tokenise the documents into a token store; what is done already is reused.
+    """Validate, split and tokenise the documents or conversations into a token store; what is done already is reused.
 
     Example: trainway prepare m3_medium data.train=corpus.jsonl
     """
@@ -64,7 +64,8 @@ def prepare(
     if as_json:
         emit_json(done.to_json())
     else:
-        emit("\n".join([*(f"absent, left out: {name}" for name in done.absent), f"ok: {done.store_dir}"]))
+        absent = [f"absent, left out: {name}" for name in done.absent]
+        emit("\n".join([*absent, *done.warnings, done.summary, f"ok: {done.store_dir}"]))
 
 
 @tokenizer_app.command("train", context_settings=OPEN_ENDED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,14 @@ import typer
 from trainway.cli.row_options import (
     AnyKind,
     AsJson,
+    ChatTemplateName,
     CompletionField,
     ContentField,
     Dedup,
     Files,
     Force,
     Kind,
+    MaxLength,
     MaxMib,
     MessagesField,
     MessagesKey,
@@ -29,8 +32,10 @@ from trainway.cli.row_options import (
     TeacherField,
     TextField,
     TokenizerPath,
+    TrainOnChoice,
     TreePaths,
     field_names,
+    require_tokenizer,
     row_config,
 )
 from trainway.cli.terminal import emit, emit_json, emit_table, progress_bar
@@ -55,6 +60,9 @@ def register(data_app: typer.Typer) -> None:
 def validate(
     files: Files,
     kind: AnyKind = Kind.auto,
+    tokenizer: TokenizerPath = None,
+    chat_template: ChatTemplateName = None,
+    max_length: MaxLength = None,
     quarantine: QuarantineFile = None,
     dedup: Dedup = False,
     max_errors: Annotated[
@@ -75,11 +83,14 @@ def validate(
 ) -> None:
     """Check every row; name each bad one by file, line, field and reason. Exit code 3 when there is one.
 
+    With a tokenizer, each row is rendered and encoded too: what the chat template refuses or drops is bad.
+
     Example: trainway data validate train.jsonl --quarantine bad.jsonl
     """
     from trainway.data.quarantine import bad_rows_error
     from trainway.data.validate import validate as check
 
+    require_tokenizer(tokenizer, chat_template=chat_template, max_length=max_length)
     bad: list[BadRecord] = []
     limit = LISTED_IN_JSON if as_json and max_errors is None else max_errors
     told = 0
@@ -94,7 +105,9 @@ def validate(
     with progress_bar() as show:
         found = check(
             files,
-            config=row_config(max_mib),
+            config=row_config(max_mib, chat_template=chat_template),
+            tokenizer=tokenizer,
+            max_length=max_length,
             kind=kind.value,
             names=field_names(
                 messages_field, prompt_field, completion_field, text_field, content_field, teacher_field
@@ -231,6 +244,8 @@ def stats(
     files: Files,
     kind: AnyKind = Kind.auto,
     tokenizer: TokenizerPath = None,
+    chat_template: ChatTemplateName = None,
+    max_length: MaxLength = None,
     dedup: Dedup = False,
     messages_field: MessagesField = None,
     prompt_field: PromptField = None,
@@ -241,21 +256,23 @@ def stats(
     max_mib: MaxMib = None,
     as_json: AsJson = False,
 ) -> None:
-    """Rows by shape, lengths in characters or tokens, duplicates, the longest rows by their line.
+    """Rows by shape, lengths in characters or tokens (of rendered rows, with a chat template), duplicates.
 
-    Example: trainway data stats train.jsonl --tokenizer my-tokenizer
+    Example: trainway data stats train.jsonl --tokenizer my-tokenizer --max-length 2048
     """
     from trainway.data.stats import measure
 
+    require_tokenizer(tokenizer, chat_template=chat_template, max_length=max_length)
     with progress_bar() as show:
         found = measure(
             files,
-            config=row_config(max_mib),
+            config=row_config(max_mib, chat_template=chat_template),
             names=field_names(
                 messages_field, prompt_field, completion_field, text_field, content_field, teacher_field
             ),
             kind=kind.value,
             tokenizer=tokenizer,
+            max_length=max_length,
             dedup=dedup,
             progress=show,
         )
@@ -274,6 +291,9 @@ def inspect(
     first: Annotated[int, typer.Option(min=1, help="Show so many rows from the beginning.")] = 1,
     kind: AnyKind = Kind.auto,
     tokenizer: TokenizerPath = None,
+    chat_template: ChatTemplateName = None,
+    train_on: TrainOnChoice = None,
+    max_length: MaxLength = None,
     messages_field: MessagesField = None,
     prompt_field: PromptField = None,
     completion_field: CompletionField = None,
@@ -285,25 +305,32 @@ def inspect(
 ) -> None:
     """Show rows field by field, control characters as escapes; with a tokenizer, token by token.
 
-    Example: trainway data inspect train.jsonl --line 17
+    With a chat template, of the rendered row; trained tokens are green, or in ⟦brackets⟧ where there is no colour.
+
+    Example: trainway data inspect train.jsonl --line 17 --tokenizer my-tokenizer --chat-template chatml
     """
     from trainway.data.show import inspect_rows, render
+
+    require_tokenizer(tokenizer, chat_template=chat_template, train_on=train_on, max_length=max_length)
 
     shown = inspect_rows(
         file,
         line=row,
         first=first,
-        config=row_config(max_mib),
+        config=row_config(max_mib, chat_template=chat_template, train_on=train_on),
         names=field_names(
             messages_field, prompt_field, completion_field, text_field, content_field, teacher_field
         ),
         kind=kind.value,
         tokenizer=tokenizer,
+        max_tokens=max_length,
+        warn=lambda warning: print(f"warning: {_plain(warning)}", file=sys.stderr),
     )
     if as_json:
         emit_json([dataclasses.asdict(item) for item in shown])
     else:
-        emit("\n\n".join("\n".join(render(item)) for item in shown))
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        emit("\n\n".join("\n".join(render(item, colour=colour)) for item in shown))
     if any(item.error for item in shown):
         raise typer.Exit(ExitCode.DATA)
 
@@ -343,6 +370,9 @@ def _show_stats(found: Stats) -> None:
         ("mean length", f"{found.mean:,.1f} {unit}"),
         *((f"  at {float(share):.0%}", f"{length:,}") for share, length in found.quantiles.items()),
     ]
+    if found.max_length is not None:
+        facts.append((f"over {found.max_length:,}", f"{found.too_long:,} rows"))
+    facts += [(f"refused: {_plain(why)}", f"{count:,}") for why, count in found.refused.most_common(10)]
     emit_table(facts)
     shapes = [
         [name, *(f"{value:,}" for value in (shape.rows, shape.turns, shape.characters, shape.tokens))]

@@ -67,12 +67,13 @@ def export(
     run: Annotated[Path, typer.Argument(help="The run directory.")],
     out: Annotated[Path, typer.Option(help="New directory for the model.")],
     which: Annotated[str, typer.Option(help="best, latest, or a step.")] = "best",
+    merge: Annotated[bool, typer.Option("--merge", help="Merge a LoRA run's adapter into its base.")] = False,
 ) -> None:
-    """Write a checkpoint's model and tokenizer as a directory that transformers loads.
+    """Write a checkpoint's model and tokenizer as a directory that transformers loads; of a LoRA run the adapter.
 
     Example: trainway export runs/my-run --out my-model
     """
     from trainway.cli.arguments import parse_which
     from trainway.release.bundle import export as export_run
 
-    emit(f"ok: {export_run(run, out, which=parse_which(which))}")
+    emit(f"ok: {export_run(run, out, which=parse_which(which), merge=merge)}")

@@ -38,6 +38,12 @@ class TreePaths(StrEnum):
     all = "all"
 
 
+class TrainOn(StrEnum):
+    assistant = "assistant"
+    completion = "completion"
+    all = "all"
+
+
 def _field(name: str, shape: str) -> Any:
     return typer.Option(f"--{name}-field", metavar="NAME", help=f"Field that holds the {shape}.")
 
@@ -72,12 +78,39 @@ Dedup = Annotated[
 TokenizerPath = Annotated[
     Path | None, typer.Option("--tokenizer", metavar="PATH", help="A bundle's directory or a tokenizer.json.")
 ]
+ChatTemplateName = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template",
+        metavar="T",
+        help="A .jinja file or a known name, such as chatml. [default: the tokenizer's own]",
+    ),
+]
+TrainOnChoice = Annotated[
+    TrainOn | None, typer.Option("--train-on", help="What counts as trained. [default: assistant]")
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option("--max-length", metavar="N", min=1, help="Tokens that a row may have: train.seq_len."),
+]
 
 
-def row_config(max_mib: int | None) -> DataConfig:
+def row_config(max_mib: int | None, **settings: Any) -> DataConfig:
+    """The settings of data that the options stand for; those that are None keep their defaults."""
     from trainway.config.schema import DataConfig
 
-    return DataConfig() if max_mib is None else DataConfig(max_document_mib=max_mib)
+    settings["max_document_mib"] = max_mib
+    return DataConfig(**{name: value for name, value in settings.items() if value is not None})
+
+
+def require_tokenizer(tokenizer: Path | None, **options: object) -> None:
+    """Raises ConfigError where an option is given that says nothing without a tokenizer."""
+    from trainway.errors import ConfigError
+
+    for name, value in options.items():
+        if value is not None and tokenizer is None:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} needs --tokenizer", "it is about tokens", "give both, or neither")
 
 
 def field_names(

@@ -66,7 +66,7 @@ def train(
 
 def _show_plan(source: str, settings: list[str]) -> None:
     from trainway.config.load import load_config
-    from trainway.launch.local import process_count
+    from trainway.launch.devices import process_count
     from trainway.planning.geometry import describe_plan
 
     config = load_config(source, settings).config

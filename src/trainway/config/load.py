@@ -11,8 +11,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from trainway.config.aliases import SECRETS, SOURCES
 from trainway.config.mixes import entry_errors
-from trainway.config.names import SOURCES, Assignment, assign, field_table, is_switch
+from trainway.config.names import (
+    Assignment,
+    assign,
+    field_table,
+    is_refused,
+    secret_error,
+    stands_alone,
+    takes_several,
+)
 from trainway.config.resolved import config_difference, config_schema, dump_config, fingerprint
 from trainway.config.rules import broken_rules
 from trainway.config.schema import RunConfig
@@ -34,11 +43,22 @@ ENVIRONMENT = {
     "RUN_EXPERIMENT": "name",
     "TRAINWAY_RUNS_DIR": "runs_dir",
     "TRAINWAY_STORE_DIR": "data.store_dir",
+    "TRAIN_BACKEND": "engine.name",
+    "PUSH_TO_HUB": "release.push_to_hub",
+    "RUN_EVALUATION": "eval.after_training",
 }
 """Environment variables that set something in the configuration."""
 
-EXCLUSIVE = (("train.total_steps", "train.epochs"), ("train.global_batch_size", "train.grad_accum_steps"))
+EXCLUSIVE = (
+    ("train.total_steps", "train.epochs"),
+    ("train.global_batch_size", "train.grad_accum_steps"),
+    ("schedule.warmup_steps", "schedule.warmup_ratio"),
+)
 """Pairs of which the higher layer's one displaces the other: `epochs=1` over a preset with total_steps."""
+
+
+_TOKEN = re.compile(r"(hf_|api_org_|rpa_|ghp_|github_pat_|sk-)[A-Za-z0-9_]{30,}")
+_SETTING = re.compile(r"--|[A-Za-z][\w.-]*=")
 
 
 @dataclass(frozen=True)
@@ -69,6 +89,7 @@ def load_config(
     for layer in layers:
         state.apply(layer)
     _shorten_warmup(state)
+    _fit_offload(state)
     config, wrong_values = _validate(state.values)
     _raise([*state.problems, *wrong_values])
     assert config is not None
@@ -92,6 +113,7 @@ def _override_layer(overrides: Sequence[str] | Mapping[str, Any]) -> Layer:
     if isinstance(overrides, str):
         overrides = [overrides]
     words = [str(word) for word in overrides]
+    _refuse_secrets(words)
     found: list[Setting] = []
     while words:
         key, value = _next_override(words)
@@ -99,7 +121,18 @@ def _override_layer(overrides: Sequence[str] | Mapping[str, Any]) -> Layer:
     return Layer("command line", found)
 
 
-def _next_override(words: list[str]) -> tuple[str, str | bool]:
+def _refuse_secrets(words: Sequence[str]) -> None:
+    """Raise ConfigError for a token, before any other message could repeat it."""
+    for word in words:
+        name, _, value = word.removeprefix("--").partition("=")
+        leaf = name.replace("-", "_").rpartition(".")[2]
+        if leaf in SECRETS and (word.startswith("--") or "=" in word):
+            raise secret_error(leaf, "command line")
+        if _TOKEN.fullmatch(value) or _TOKEN.fullmatch(word):
+            raise secret_error(leaf if value else "a token", "command line")
+
+
+def _next_override(words: list[str]) -> tuple[str, Any]:
     """Take one setting off the front of `words`."""
     word = words.pop(0)
     body = word.removeprefix("--")
@@ -113,13 +146,18 @@ def _next_override(words: list[str]) -> tuple[str, str | bool]:
     if equals:
         return key, value
     follows = words[0] if words else None
-    truth = follows is not None and follows.lower() in ("true", "false", "yes", "no", "on", "off", "0", "1")
-    if is_switch(key) and not truth:
+    if stands_alone(key, follows):
         return key, True
-    if key[:3] in ("no-", "no_") and is_switch(key[3:]):
+    if key[:3] in ("no-", "no_") and stands_alone(key[3:], None):
         return key[3:], False
     if follows is not None and not follows.startswith("--"):
-        return key, words.pop(0)
+        first = words.pop(0)
+        further: list[str] = []
+        while takes_several(key) and words and not _SETTING.match(words[0]):
+            further.append(words.pop(0))
+        return key, [first, *further] if further else first
+    if is_refused(key):  # the answer says more than that a value is missing
+        return key, ""
     raise ConfigError(f"command line: {word} has no value", "a setting needs one", f"write {word}=VALUE")
 
 
@@ -148,13 +186,31 @@ class _Merge:
                         "keep one of the two",
                     )
                 )
+        self._switch_lora(chosen)
         for key, assignment in sorted(chosen.items(), key=lambda item: item[0][-1].isdigit()):
             target = key
             if key[-1].isdigit():
                 target, assignment = self._place(assignment)
             self.values[target] = assignment
-            if layer.explicit and assignment.value is not None:
+            silent = assignment.implied or (assignment.weak and key.startswith("lora."))
+            if layer.explicit and assignment.value is None:
+                self.explicit.discard(target)
+            elif layer.explicit and not silent:
                 self.explicit.add(target)
+
+    def _switch_lora(self, chosen: dict[str, Assignment]) -> None:
+        """Any setting of lora turns it on, unless its layer says otherwise; off, it takes the lower layers' with it."""
+        if (switch := chosen.get("lora.enabled")) is not None:
+            if switch.value is False:
+                self.explicit = {key for key in self.explicit if not key.startswith("lora.")}
+            return
+        first = next(
+            (item for key, item in chosen.items() if key.startswith("lora.") and not item.weak), None
+        )
+        if first is not None:
+            chosen["lora.enabled"] = Assignment(
+                "lora.enabled", True, first.origin, first.written, implied=True
+            )
 
     def _collect(self, layer: Layer) -> dict[str, Assignment]:
         """One assignment per key; two different ones in one layer are a problem."""
@@ -218,6 +274,7 @@ def _shorten_warmup(state: _Merge) -> None:
         total is None
         or "train.total_steps" not in state.explicit
         or "schedule.warmup_steps" in state.explicit
+        or "schedule.warmup_ratio" in state.values
     ):
         return
     set_before = state.values.get("schedule.warmup_steps")
@@ -227,6 +284,17 @@ def _shorten_warmup(state: _Merge) -> None:
         state.values["schedule.warmup_steps"] = Assignment(
             "schedule.warmup_steps", total.value // 10, origin, "schedule.warmup_steps"
         )
+
+
+def _fit_offload(state: _Merge) -> None:
+    """An engine chosen over a preset's takes what it can offload: the optimiser's state alone, or with the weights."""
+    engine, offload = state.values.get("engine.name"), state.values.get("engine.cpu_offload")
+    if engine is None or offload is None or "engine.cpu_offload" in state.explicit:
+        return
+    fitting = {("fsdp", "optimizer"): "all", ("zero2", "all"): "optimizer"}.get((engine.value, offload.value))
+    if fitting is not None:
+        origin = f"engine.name is {engine.value} ({offload.origin}: {offload.value})"
+        state.values["engine.cpu_offload"] = Assignment(offload.key, fitting, origin, offload.key)
 
 
 def _validate(values: Mapping[str, Assignment]) -> tuple[RunConfig | None, list[ConfigError]]:
@@ -258,7 +326,7 @@ def _validate(values: Mapping[str, Assignment]) -> tuple[RunConfig | None, list[
 def _value_error(assignment: Assignment, messages: Iterable[str]) -> ConfigError:
     info = field_table()[assignment.key]
     spelled = "" if assignment.written == assignment.key else f" (written {assignment.written})"
-    default = "empty" if info.default in (None, ()) else info.default
+    default = "empty" if info.default in (None, (), {}) else info.default
     return ConfigError(
         f"{assignment.origin}: {assignment.key}{spelled} is {_plain(assignment.value)!r}",
         f"it must be {' or '.join(dict.fromkeys(messages))}",

@@ -7,92 +7,26 @@ import functools
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from trainway.config.aliases import (
+    ALIASES,
+    BARE,
+    OBSOLETE,
+    SECRETS,
+    SECTION_VALUES,
+    SOURCES,
+    SWITCHES,
+    VALUES,
+    WORD_SWITCHES,
+)
 from trainway.config.mixes import check_fields
 from trainway.config.schema import RunConfig
 from trainway.config.source import Setting, parse_scalar
 from trainway.errors import ConfigError
-
-ALIASES: dict[str, str] = {
-    "per_device_train_batch_size": "train.micro_batch_size",
-    "batch_size": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.grad_accum_steps",
-    "num_train_epochs": "train.epochs",
-    "max_steps": "train.total_steps",
-    "max_train_steps": "train.total_steps",
-    "block_size": "train.seq_len",
-    "max_seq_length": "train.seq_len",
-    "max_length": "train.seq_len",
-    "sequence_length": "train.seq_len",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "gradient_checkpointing": "train.activation_checkpointing",
-    "torch_compile": "train.compile",
-    "learning_rate": "optim.lr",
-    "adam_beta1": "optim.betas.0",
-    "adam_beta2": "optim.betas.1",
-    "adam_epsilon": "optim.eps",
-    "lr_scheduler_type": "schedule.name",
-    "logging_steps": "log.every",
-    "log_level": "log.level",
-    "save_steps": "checkpoint.save_every",
-    "save_total_limit": "checkpoint.keep_last",
-    "eval_steps": "eval.every",
-    "output_dir": "run_dir",
-    "run_name": "name",
-    "ddp_timeout": "engine.timeout_s",
-    "nproc_per_node": "engine.nproc",
-    "train_file": "data.train",
-    "validation_file": "data.validation",
-    "dataset_text_field": "data.text_field",
-    "tokenizer_name": "tokenizer.path",
-    "model_type": "model.architecture",
-    "num_hidden_layers": "model.num_layers",
-    "num_attention_heads": "model.num_heads",
-    "num_key_value_heads": "model.num_kv_heads",
-    "tie_word_embeddings": "model.tie_embeddings",
-    "rms_norm_eps": "model.norm_eps",
-    "max_position_embeddings": "model.max_seq_len",
-    "initializer_range": "model.init_std",
-}
-"""Names of other tools. A bare field name that is unique (`total_steps`, `warmup_steps`) needs no entry here."""
-
-SWITCHES: dict[str, tuple[str, str]] = {
-    "bf16": ("bf16", "fp32"),
-    "fp16": ("fp16", "fp32"),
-    "gradient_checkpointing": ("full", "none"),
-}
-"""Aliases that are true or false elsewhere: the value for true, the value for false."""
-
-VALUES: dict[str, dict[Any, Any]] = {
-    "optim.name": dict.fromkeys(
-        ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"), "adamw"
-    ),
-    "schedule.name": {"constant_with_warmup": "constant", "cosine_with_min_lr": "cosine"},
-    "train.precision": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"},
-    "tracking.report_to": {"none": ()},
-    "max_steps": {-1: None},
-}
-"""Other tools' values of a setting, by its path or by the alias that has them."""
-
-SOURCES = "data.train"
-"""The setting whose items may have fields of their own."""
-
-OBSOLETE: dict[str, str] = {
-    "evaluation_strategy": "it is obsolete: set eval.every, the steps between evaluations",
-    "eval_strategy": "Trainway evaluates by steps: set eval.every",
-    "save_strategy": "set checkpoint.save_every, and checkpoint.save_each_epoch for epochs",
-    "logging_strategy": "Trainway logs by steps: set log.every",
-    "warmup_ratio": "set schedule.warmup_steps, a number of steps",
-    "use_cpu": "the device follows from the machine; hide GPUs with CUDA_VISIBLE_DEVICES=",
-    "no_cuda": "the device follows from the machine; hide GPUs with CUDA_VISIBLE_DEVICES=",
-    "hub_token": "a token does not belong into a configuration: set HF_TOKEN or run `hf auth login`",
-}
-"""Names that deserve an answer of their own."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +38,10 @@ class Assignment:
     origin: str
     written: str
     weak: bool = False
-    """`bf16: false` says fp32 only when nothing else in its layer sets the precision."""
+    """`bf16: false` says fp32 only when nothing else in its layer sets the precision; `load_in_4bit: false` asks for
+    no adapters."""
+    implied: bool = False
+    """Set by another setting of its layer, not written itself."""
 
 
 @functools.cache
@@ -127,40 +64,75 @@ def assign(setting: Setting, *, textual: bool = False) -> Assignment | None:
     """
     written = ".".join(part.replace("-", "_") for part in setting.path)
     value = setting.value
+    leaf = written.rpartition(".")[2]
+    if leaf in SECRETS:
+        raise secret_error(leaf, setting.origin)
     if written in _sections():
         if value is None or value == {}:
             return None
-        if not isinstance(value, str) or f"{written}.name" not in field_table():
-            raise _section_error(setting, written)
-        key = f"{written}.name"
+        key = _section_key(setting, written)
     else:
         key = _resolve(written, setting.origin)
-    leaf = written.rpartition(".")[2]
     info = field_table().get(key)
-    if textual and isinstance(value, str):
-        value = _parse(value, info.annotation if info and leaf not in SWITCHES else None)
+    if textual:
+        value = _parse_words(value, info.annotation if info and leaf not in SWITCHES else None)
+    if (leaf, value) == ("adapter", "qlora"):
+        return Assignment("lora.quantize", "4bit", setting.origin, written)
     if leaf in SWITCHES:
         return _switch(setting, key, written, value)
+    if isinstance(value, bool) and key in WORD_SWITCHES:
+        value = WORD_SWITCHES[key][0 if value else 1]
     for table in (VALUES.get(key, {}), VALUES.get(leaf, {})):
         # a comma list of one word is that word
         alone = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
-        if isinstance(alone, str | int) and alone in table:
+        if isinstance(alone, str | int | None) and alone in table:
             value = table[alone]
     if info is not None:
         value = _fit(setting, key, written, value, info.annotation)
-    return Assignment(key, value, setting.origin, written)
+    weak = (key, value) == ("lora.quantize", "none")
+    return Assignment(key, value, setting.origin, written, weak)
 
 
-def is_switch(name: str) -> bool:
-    """Whether a setting is true or false, so that `--name` alone means true."""
+def stands_alone(name: str, follows: str | None) -> bool:
+    """Whether `--name`, with `follows` after it on the command line, means true by itself."""
     written = name.replace("-", "_")
+    if follows is not None and follows.lower() in ("true", "false", "yes", "no", "on", "off", "0", "1"):
+        return False
     if written.rpartition(".")[2] in SWITCHES:
         return True
-    try:
-        key = _resolve(written, "")
-    except ConfigError:
-        return False
-    return key in field_table() and bool in _kinds(field_table()[key].annotation)
+    key = _known(written)
+    if key in WORD_SWITCHES:
+        return follows not in _words(field_table()[key].annotation)
+    return key is not None and bool in _kinds(field_table()[key].annotation)
+
+
+def takes_several(name: str) -> bool:
+    """Whether a setting is a list, so that `--name a b c` gives it three values."""
+    key = _known(name.replace("-", "_"))
+    return key is not None and tuple in _kinds(field_table()[key].annotation)
+
+
+def is_refused(name: str) -> bool:
+    """Whether a name is no setting but has an answer of its own."""
+    leaf = name.replace("-", "_").rpartition(".")[2]
+    return leaf in SECRETS or (leaf in OBSOLETE and _known(name.replace("-", "_")) is None)
+
+
+def secret_error(name: str, origin: str) -> ConfigError:
+    """What is wrong with a token where settings are; its value is not repeated."""
+    service = next((word for word in ("wandb", "runpod", "mlflow") if word in name), "")
+    cure = {
+        "wandb": "set WANDB_API_KEY",
+        "runpod": "set RUNPOD_API_KEY",
+        "mlflow": "set MLFLOW_TRACKING_PASSWORD",
+    }.get(service, "set HF_TOKEN or run `hf auth login`")
+    if origin == "command line":
+        why = "every user of this machine can read a command line, and shells keep it"
+        cure += " instead; then revoke the token that you wrote here"
+    else:
+        why = "a configuration is copied into run directories, reports and repositories"
+        cure += " instead"
+    return ConfigError(f"{origin}: {name} is a secret, not a setting", why, cure)
 
 
 @functools.cache
@@ -177,6 +149,15 @@ def _by_leaf() -> dict[str, tuple[str, ...]]:
     return leaves
 
 
+def _known(written: str) -> str | None:
+    """The setting that `written` means, or None when it means none."""
+    try:
+        key = SECTION_VALUES.get(written) or _resolve(written, "")
+    except ConfigError:
+        return None
+    return key if key in field_table() else None
+
+
 def _resolve(written: str, origin: str) -> str:
     """The dotted path that `written` means."""
     table = field_table()
@@ -191,6 +172,8 @@ def _resolve(written: str, origin: str) -> str:
     where = f"{origin}: " if origin else ""
     if leaf in OBSOLETE:
         raise ConfigError(f"{where}{written} is not a setting", OBSOLETE[leaf], "replace it")
+    if not head and leaf in BARE:
+        return BARE[leaf]
     if not head and leaf in _by_leaf():
         keys = _by_leaf()[leaf]
         if len(keys) == 1:
@@ -240,6 +223,16 @@ def _section_note(head: str) -> str:
     return f"there is no section {head!r}; the sections are {', '.join(sorted(_sections()))}"
 
 
+def _section_key(setting: Setting, section: str) -> str:
+    """The setting that a section means which is given one value."""
+    key = SECTION_VALUES.get(section)
+    kinds = {str, *_kinds(field_table()[key].annotation)} if key else set()
+    value = setting.value
+    if key is None or type(value) not in (kinds | {list} if tuple in kinds else kinds):
+        raise _section_error(setting, section)
+    return key
+
+
 def _section_error(setting: Setting, section: str) -> ConfigError:
     others = [key for key in _by_leaf().get(section, ()) if key != section]
     fix = f"did you mean {' or '.join(others)}?" if others else f"write e.g. {_example(section)}"
@@ -264,6 +257,19 @@ def _kinds(annotation: Any) -> set[Any]:
     return {origin or annotation}
 
 
+def _words(annotation: Any) -> tuple[Any, ...]:
+    """The words that a Literal allows; none for another type."""
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def _parse_words(value: Any, annotation: Any) -> Any:
+    """The value of one word of a command line, or of the several words of a list."""
+    if isinstance(value, list):
+        plain = annotation is not None and str in _kinds(get_args(annotation)[0])
+        return value if plain else [parse_scalar(word) for word in value]
+    return _parse(value, annotation) if isinstance(value, str) else value
+
+
 def _parse(text: str, annotation: Any) -> Any:
     """The value of command-line text: paths and names stay text, a comma list becomes a tuple."""
     kinds = _kinds(annotation) if annotation is not None else set()
@@ -278,6 +284,8 @@ def _parse(text: str, annotation: Any) -> Any:
 
 
 def _switch(setting: Setting, key: str, written: str, value: Any) -> Assignment:
+    if value == "auto" and "auto" in _words(field_table()[key].annotation):
+        return Assignment(key, value, setting.origin, written)
     if not isinstance(value, bool):
         raise ConfigError(
             f"{setting.origin}: {written} is {value!r}", "it is true or false", f"or set {key} itself"

@@ -21,6 +21,7 @@ CHANGEABLE = (
     "checkpoint.",
     "eval.",
     "engine.",
+    "release.",
     "train.micro_batch_size",
     "train.grad_accum_steps",
     "train.num_threads",

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 
 from trainway.config.mixes import mix_problems
-from trainway.config.schema import RunConfig
+from trainway.config.schema import LoraConfig, ModelConfig, RunConfig
 from trainway.errors import ConfigError
-from trainway.planning.geometry import decay_overlap
+from trainway.planning.geometry import decay_overlap, warmup_steps
+
+SHAPE = tuple(
+    name
+    for name in ModelConfig.model_fields
+    if name not in ("path", "revision", "trust_remote_code", "attention")
+)
+"""Settings of `model` that describe a new one."""
+
+
+def is_local(path: str) -> bool:
+    """Whether a model's path is a directory by the way it is written: /a, ./a, ../a or ~/a."""
+    return path.startswith(("/", "./", "../", "~")) or path in (".", "..")
 
 
 def broken_rules(
     config: RunConfig, origins: Mapping[str, str], explicit: Collection[str]
 ) -> list[ConfigError]:
     """Every rule between settings that `config` breaks. `explicit`: keys that the user set for this run."""
-    problems = [*_lengths(config, origins), *_shapes(config, origins), *_engine(config, origins)]
+    problems = [*_lengths(config, origins), *_engine(config, origins)]
+    problems += _tuned_model(config, origins) if config.model.path else _shapes(config, origins)
+    problems += [*_recipe(config, origins), *_lora(config, origins), *_release(config, origins)]
     problems += mix_problems(config.data, origins["data.train"])
     for key, reason in ignored_settings(config).items():
         if key in explicit:
@@ -30,7 +45,7 @@ def broken_rules(
 
 def ignored_settings(config: RunConfig) -> dict[str, str]:
     """Settings that this run does not read, and why."""
-    ignored: dict[str, str] = {}
+    ignored: dict[str, str] = {**_ignored_by_recipe(config), **_ignored_by_engine(config)}
 
     def ignore(reason: str, *keys: str) -> None:
         ignored.update(dict.fromkeys(keys, reason))
@@ -42,13 +57,20 @@ def ignored_settings(config: RunConfig) -> dict[str, str]:
             "optim.muon_momentum",
             "optim.muon_weight_decay",
         )
+    if config.schedule.warmup_ratio is not None:
+        ignore("schedule.warmup_ratio is set", "schedule.warmup_steps")
     if config.schedule.name == "constant":
         ignore("schedule.name is constant", "schedule.min_lr_ratio")
     if config.schedule.name != "wsd":
         ignore(f"schedule.name is {config.schedule.name}", "schedule.decay_ratio", "schedule.decay_shape")
-    if config.tokenizer.path is not None:
+    if config.tokenizer.path is not None or config.model.path is not None:
+        given = (
+            "tokenizer.path is set"
+            if config.tokenizer.path
+            else "model.path is set, and a tokenizer comes along"
+        )
         ignore(
-            "tokenizer.path is set, so no tokenizer is trained",
+            f"{given}, so no tokenizer is trained",
             "tokenizer.vocab_size",
             "tokenizer.special_tokens",
             "tokenizer.sample_mib",
@@ -65,18 +87,43 @@ def ignored_settings(config: RunConfig) -> dict[str, str]:
         )
     if config.train.on_nonfinite == "stop" and config.train.spike_factor == 0:
         ignore("no step is ever left out (on_nonfinite stop, spike_factor 0)", "train.max_skipped_steps")
-    if config.engine.name == "single":
-        ignore("engine.name is single: one process has no collective operations", "engine.timeout_s")
-    if config.engine.name != "fsdp":
-        ignore(
-            f"engine.name is {config.engine.name}",
-            "engine.sharding",
-            "engine.shard_ranks",
-            "engine.reshard_after_forward",
-            "engine.cpu_offload",
-        )
-    elif config.engine.sharding == "full":
-        ignore("engine.sharding is full: one group of all ranks", "engine.shard_ranks")
+    return ignored
+
+
+def _ignored_by_recipe(config: RunConfig) -> dict[str, str]:
+    ignored: dict[str, str] = {}
+    if config.model.path is None:
+        reason = "model.path is empty, so the model is a new one of this configuration's shape"
+        ignored |= dict.fromkeys(("model.revision", "model.trust_remote_code", "model.attention"), reason)
+    else:
+        reason = "model.path is set: the shape is that of the model"
+        ignored |= dict.fromkeys((f"model.{name}" for name in SHAPE), reason)
+        if is_local(config.model.path):
+            ignored["model.revision"] = "model.path is a directory, which has no revisions"
+    if config.recipe == "pretrain":
+        keys = ("data.chat_template", "data.train_on", "data.over_length")
+        ignored |= dict.fromkeys(keys, "recipe is pretrain: it reads documents, not conversations")
+    if not config.lora.enabled:
+        names = (name for name in LoraConfig.model_fields if name != "enabled")
+        ignored |= dict.fromkeys((f"lora.{name}" for name in names), "lora.enabled is false")
+    return ignored
+
+
+def _ignored_by_engine(config: RunConfig) -> dict[str, str]:
+    ignored: dict[str, str] = {}
+    engine = config.engine
+    reason = f"engine.name is {engine.name}"
+    if engine.name == "single":
+        ignored["engine.timeout_s"] = "engine.name is single: one process has no collective operations"
+    if engine.name not in ("zero2", "zero3"):
+        ignored["engine.ds_config"] = f"{reason}, and this is for DeepSpeed: zero2 or zero3"
+    if engine.name not in ("fsdp", "zero2", "zero3"):
+        ignored["engine.cpu_offload"] = f"{reason}, which keeps the whole model on each device"
+    if engine.name != "fsdp":
+        keys = ("engine.sharding", "engine.shard_ranks", "engine.reshard_after_forward")
+        ignored |= dict.fromkeys(keys, reason)
+    elif engine.sharding == "full":
+        ignored["engine.shard_ranks"] = "engine.sharding is full: one group of all ranks"
     return ignored
 
 
@@ -91,7 +138,7 @@ def _lengths(config: RunConfig, origins: Mapping[str, str]) -> list[ConfigError]
                 "add e.g. train.total_steps=1000",
             )
         )
-    if train.total_steps is not None and schedule.warmup_steps >= train.total_steps:
+    if train.total_steps is not None and warmup_steps(schedule, train.total_steps) >= train.total_steps:
         problems.append(
             ConfigError(
                 f"{origins['schedule.warmup_steps']}: schedule.warmup_steps is {schedule.warmup_steps}",
@@ -102,7 +149,7 @@ def _lengths(config: RunConfig, origins: Mapping[str, str]) -> list[ConfigError]
     elif train.total_steps is not None and (overlap := decay_overlap(schedule, train.total_steps)):
         where = origins["schedule.decay_ratio"]
         problems.append(ConfigError(f"{where}: {overlap.what}", overlap.why, overlap.fix))
-    if train.seq_len > model.max_seq_len:
+    if model.path is None and train.seq_len > model.max_seq_len:
         problems.append(
             ConfigError(
                 f"{origins['train.seq_len']}: train.seq_len is {train.seq_len}",
@@ -147,14 +194,172 @@ def _shapes(config: RunConfig, origins: Mapping[str, str]) -> list[ConfigError]:
     return problems
 
 
+def _recipe(config: RunConfig, origins: Mapping[str, str]) -> list[ConfigError]:
+    problems: list[ConfigError] = []
+    packing = origins["data.packing"]
+    if config.recipe == "sft" and config.model.path is None:
+        problems.append(
+            ConfigError(
+                f"{origins['recipe']}: recipe sft has no model to start from",
+                "model.path is empty",
+                "add e.g. model.path=Qwen/Qwen2.5-3B-Instruct, or a local directory",
+            )
+        )
+    if config.recipe == "sft" and config.data.packing == "concat":
+        problems.append(
+            ConfigError(
+                f"{packing}: data.packing is concat",
+                "sft keeps conversations apart: attention must not cross from one into the next",
+                "use data.packing=documents, or none for one conversation a row",
+            )
+        )
+    if config.recipe == "pretrain" and config.data.packing == "none":
+        problems.append(
+            ConfigError(
+                f"{packing}: data.packing is none",
+                "pretrain fills every row: one document a row would be mostly padding",
+                "use data.packing=documents, or recipe=sft for conversations",
+            )
+        )
+    return problems
+
+
+def _tuned_model(config: RunConfig, origins: Mapping[str, str]) -> list[ConfigError]:
+    model = config.model
+    assert model.path is not None
+    if not model.trust_remote_code or is_local(model.path):
+        return []
+    if re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
+        return []
+    return [
+        ConfigError(
+            f"{origins['model.trust_remote_code']}: model.trust_remote_code runs code that may change tomorrow",
+            f"model.revision is {model.revision or 'empty'}, not a commit of 40 hex digits",
+            "read the code of one commit, and set model.revision to it",
+        )
+    ]
+
+
+def _lora(config: RunConfig, origins: Mapping[str, str]) -> list[ConfigError]:
+    lora = config.lora
+    problems: list[ConfigError] = []
+    if not lora.enabled:
+        return problems
+    if config.model.path is None and config.recipe != "sft":
+        problems.append(
+            ConfigError(
+                f"{origins['lora.enabled']}: lora has no model to adapt",
+                "model.path is empty, and a new model has nothing worth freezing",
+                "set model.path, or lora=false",
+            )
+        )
+    if lora.target_parameters and lora.dropout > 0:
+        problems.append(
+            ConfigError(
+                f"{origins['lora.dropout']}: lora.dropout is {lora.dropout:g}",
+                "lora.target_parameters adapts bare parameters, such as experts, where no input can be dropped "
+                f"({origins['lora.target_parameters']})",
+                "set lora.dropout=0",
+            )
+        )
+    if lora.target_parameters and lora.use_dora:
+        problems.append(
+            ConfigError(
+                f"{origins['lora.use_dora']}: lora.use_dora is for modules",
+                f"lora.target_parameters adapts bare parameters ({origins['lora.target_parameters']})",
+                "take one of the two out",
+            )
+        )
+    if not (lora.target_modules or lora.target_parameters or lora.modules_to_save):
+        problems.append(
+            ConfigError(
+                f"{origins['lora.target_modules']}: lora has no targets",
+                "lora.target_modules and lora.target_parameters are both empty",
+                "set e.g. lora.target_modules=q_proj,v_proj or all-linear",
+            )
+        )
+    return problems
+
+
+def _release(config: RunConfig, origins: Mapping[str, str]) -> list[ConfigError]:
+    if not config.release.push_to_hub:
+        return []
+    return [
+        ConfigError(
+            f"{origins['release.push_to_hub']}: release.push_to_hub is not there yet",
+            "a run does not upload its model",
+            "take it out; after the run `trainway export RUN --out DIR`, then `hf upload REPO DIR`",
+        )
+    ]
+
+
 def _engine(config: RunConfig, origins: Mapping[str, str]) -> list[ConfigError]:
-    nproc = config.engine.nproc
-    if config.engine.name == "single" and nproc != "auto" and nproc > 1:
+    engine = config.engine
+    problems = _processes(config, origins)
+    if config.optim.name == "muon" and engine.name in ("zero2", "zero3"):
+        problems.append(
+            ConfigError(
+                f"{origins['optim.name']}: optim.name is muon",
+                f"engine.name is {engine.name} ({origins['engine.name']}), which cuts matrices into flat pieces, "
+                "and Muon needs whole ones",
+                "use engine.name=fsdp, or optim.name=adamw",
+            )
+        )
+    if config.train.precision == "fp16" and engine.name in ("zero2", "zero3"):
+        problems.append(
+            ConfigError(
+                f"{origins['train.precision']}: train.precision is fp16",
+                f"engine.name is {engine.name} ({origins['engine.name']}), which would keep the weights in fp16 too",
+                "use train.precision=bf16 or fp32, or engine.name=fsdp",
+            )
+        )
+    if config.train.compile and engine.name == "zero3":
+        problems.append(
+            ConfigError(
+                f"{origins['train.compile']}: train.compile is true",
+                f"engine.name is zero3 ({origins['engine.name']}), which gathers weights between compiled operations",
+                "use train.compile=false, or engine.name=fsdp",
+            )
+        )
+    offload = (engine.name, engine.cpu_offload)
+    if offload in (("fsdp", "optimizer"), ("zero2", "all")):
+        allowed = "all" if engine.name == "fsdp" else "optimizer"
+        problems.append(
+            ConfigError(
+                f"{origins['engine.cpu_offload']}: engine.cpu_offload is {engine.cpu_offload}",
+                f"engine.name is {engine.name} ({origins['engine.name']}), which offloads {allowed} or nothing",
+                f"use engine.cpu_offload={allowed}, or engine.name=zero3",
+            )
+        )
+    return problems
+
+
+def _processes(config: RunConfig, origins: Mapping[str, str]) -> list[ConfigError]:
+    engine, nproc = config.engine, config.engine.nproc
+    where = f"{origins['engine.gpus']}: engine.gpus"
+    named = ", ".join(map(str, engine.gpus))
+    if len(set(engine.gpus)) < len(engine.gpus):
+        return [ConfigError(f"{where} is {named}", "a GPU is named twice", "name each once")]
+    if engine.name == "single" and nproc != "auto" and nproc > 1:
         return [
             ConfigError(
                 f"{origins['engine.nproc']}: engine.nproc is {nproc}",
                 f"engine.name is single ({origins['engine.name']}): one process",
                 "use engine.name=ddp, or engine.nproc=1",
+            )
+        ]
+    count = 1 if engine.name == "single" else nproc
+    if engine.gpus and count != "auto" and count != len(engine.gpus):
+        return [
+            ConfigError(
+                f"{where} names {len(engine.gpus)} ({named}), for {count} processes",
+                "each process drives one GPU, "
+                + (
+                    f"and engine.name is single ({origins['engine.name']})"
+                    if engine.name == "single"
+                    else f"and engine.nproc is {nproc} ({origins['engine.nproc']})"
+                ),
+                "name as many GPUs as processes, or leave engine.nproc at auto",
             )
         ]
     return []

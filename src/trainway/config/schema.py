@@ -18,8 +18,17 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """A decoder-only transformer, built by transformers from its own configuration class."""
+    """The model: one to start from (`path`), or a new decoder-only transformer of the shape given here."""
 
+    path: str | None = None
+    """The model to start from: a Hub id, or a local directory in Hugging Face's format; empty means a new one."""
+    revision: str | None = None
+    """Commit, tag or branch of a model on the Hub; empty means the newest, kept when a run goes on."""
+    trust_remote_code: bool = False
+    """Run the Python code that the model's repository brings along; needs a revision of 40 hex digits."""
+    attention: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
+    """How attention is computed. packed: our own, within documents only, on CPUs and GPUs; the others are
+    transformers' own of that name. auto: packed where the model allows it, else sdpa."""
     architecture: Literal["llama", "qwen3"] = "llama"
     """Model family; the exported model loads with transformers' class of that name."""
     hidden_size: PositiveInt = 256
@@ -97,8 +106,16 @@ class DataConfig(Section):
     """A longer document counts as malformed."""
     dedup: bool = False
     """Leave out training documents whose text was there before, in any source; they are counted."""
-    packing: Literal["documents", "concat"] = "documents"
-    """documents: rows are full and attention never crosses a document; concat: one stream, attention crosses."""
+    packing: Literal["documents", "concat", "none"] = "documents"
+    """documents: rows are full and attention never crosses a document (sft: whole conversations, best fit); concat:
+    one stream, attention crosses (pretrain only); none: one conversation a row, padded (sft only)."""
+    chat_template: str | None = None
+    """How sft renders conversations: a .jinja file, or the name of a known one; empty means the tokenizer's own."""
+    train_on: Literal["assistant", "completion", "all"] = "assistant"
+    """What sft learns: every assistant turn, the last one alone, or every token."""
+    over_length: Literal["truncate", "drop", "error"] = "truncate"
+    """What sft does with a row longer than train.seq_len. truncate: leave out its oldest turns, keeping the system
+    prompt and the last exchange, and drop it when that is still too long; every case is counted and listed."""
     store_dir: str = "cache"
     """Directory of the prepared token stores; each is named by the hash of what it was made from."""
     shuffle: bool = True
@@ -145,6 +162,37 @@ class TrainConfig(Section):
     """CPU threads of one rank; empty means the physical cores divided among the ranks."""
 
 
+class LoraConfig(Section):
+    """Low-rank adapters on a frozen model (Hu et al. 2021, arXiv 2106.09685), by peft; any setting turns them on."""
+
+    enabled: bool = False
+    """Train adapters, and leave the model itself as it is."""
+    r: PositiveInt = 16
+    """Rank of the adapters."""
+    alpha: PositiveFloat = 32.0
+    """Adapters are scaled by alpha / r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before the adapters of modules; must be 0 with target_parameters."""
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Modules with an adapter, by the end of their names, or one regular expression; all-linear: every linear layer
+    but the head."""
+    target_parameters: tuple[str, ...] = ()
+    """Parameters with an adapter that are no module's own weight, such as the experts of a mixture:
+    7.mlp.experts.gate_up_proj."""
+    rank_pattern: dict[str, PositiveInt] = {}
+    """Other ranks for some targets, by the end of their names or a regular expression."""
+    alpha_pattern: dict[str, PositiveFloat] = {}
+    """Other alphas for some targets."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead (Kalajdzievski 2023, arXiv 2312.03732)."""
+    use_dora: bool = False
+    """Learn magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353)."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained whole and saved with the adapters, such as lm_head."""
+    quantize: Literal["none", "4bit"] = "none"
+    """Hold the frozen model in 4 bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314); needs the extra qlora."""
+
+
 class OptimConfig(Section):
     """The optimiser. Muon takes the blocks' matrices and AdamW the rest."""
 
@@ -173,6 +221,8 @@ class ScheduleConfig(Section):
     """Shape after the warm-up; wsd: warm-up, stable, then a decay over the last decay_ratio of the run."""
     warmup_steps: NonNegativeInt = 100
     """Steps of linear warm-up."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of the run that warms up; an alternative to warmup_steps."""
     min_lr_ratio: Share = 0.1
     """Factor at the last step of cosine, linear and wsd."""
     decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
@@ -184,8 +234,9 @@ class ScheduleConfig(Section):
 class EngineConfig(Section):
     """How the work is spread over processes."""
 
-    name: Literal["auto", "single", "ddp", "fsdp"] = "auto"
-    """auto: single on one process, ddp on several; fsdp: weights, gradients and optimiser state are sharded."""
+    name: Literal["auto", "single", "ddp", "fsdp", "zero2", "zero3"] = "auto"
+    """auto: single on one process, ddp on several; fsdp: weights, gradients and optimiser state are sharded; zero2,
+    zero3: DeepSpeed's, gradients and optimiser state sharded, or weights too."""
     sharding: Literal["full", "hybrid"] = "full"
     """fsdp over all ranks, or hybrid: over groups of shard_ranks ranks that hold the same shards."""
     shard_ranks: PositiveInt | None = None
@@ -193,10 +244,16 @@ class EngineConfig(Section):
     reshard_after_forward: bool = True
     """fsdp frees a block's weights after its forward pass and gathers them again for the backward pass; off: faster,
     and all weights are held from forward to backward."""
-    cpu_offload: bool = False
-    """fsdp keeps shards of weights, gradients and optimiser state in the memory of the CPU."""
+    cpu_offload: Literal["none", "optimizer", "all"] = "none"
+    """What the memory of the CPU holds: the optimiser's state (zero2, zero3), or shards of the weights too (fsdp,
+    zero3)."""
+    ds_config: str | None = None
+    """A DeepSpeed configuration of your own (JSON) for zero2 and zero3; it may add to the generated one, and is
+    refused where it contradicts another setting."""
     nproc: PositiveInt | Literal["auto"] = "auto"
     """Processes on this machine; auto: one per GPU."""
+    gpus: tuple[NonNegativeInt, ...] = ()
+    """GPUs of this machine to use, by number; empty means all that CUDA_VISIBLE_DEVICES shows."""
     timeout_s: PositiveInt = 600
     """A collective operation that takes longer ends the run."""
 
@@ -230,6 +287,8 @@ class EvalConfig(Section):
     """Length of a sample, in tokens."""
     temperature: NonNegativeFloat = 0.0
     """Sampling temperature; 0 takes the likeliest token."""
+    after_training: bool = True
+    """After the last step, answer the prompts once more with the best checkpoint; off: the run ends at once."""
 
 
 class TrackingConfig(Section):
@@ -250,11 +309,18 @@ class LogConfig(Section):
     """Which micro-batches of a step get a line of their own at level debug."""
 
 
+class ReleaseConfig(Section):
+    """What happens to the model when the run is done."""
+
+    push_to_hub: bool = False
+    """Upload it to the Hugging Face Hub."""
+
+
 class RunConfig(Section):
     """One run, from data to exported model."""
 
-    recipe: Literal["pretrain"] = "pretrain"
-    """What is trained, and on what."""
+    recipe: Literal["pretrain", "sft"] = "pretrain"
+    """What is trained, and on what. pretrain: every token of documents; sft: the answers in conversations."""
     description: str = ""
     """One sentence for people."""
     name: str | None = None
@@ -269,6 +335,7 @@ class RunConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    lora: LoraConfig = LoraConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     engine: EngineConfig = EngineConfig()
@@ -276,6 +343,7 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     tracking: TrackingConfig = TrackingConfig()
     log: LogConfig = LogConfig()
+    release: ReleaseConfig = ReleaseConfig()
 
 
 class ShardConfig(Section):

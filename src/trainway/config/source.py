@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 
+from trainway.config.schema import RunConfig
 from trainway.errors import ConfigError
 
 MAX_FILE_BYTES = 1 << 20
@@ -20,6 +21,13 @@ MAX_NODES = 20_000
 """A configuration has a few hundred values; more than this, aliases counted as often as used, is a bomb."""
 MAX_DEPTH = 32
 FILE_SUFFIXES = (".yaml", ".yml", ".toml")
+TABLES = frozenset(
+    leaf
+    for section in RunConfig.model_fields.values()
+    for leaf, field in getattr(section.annotation, "model_fields", {}).items()
+    if get_origin(field.annotation) is dict
+)
+"""Settings that are tables themselves: their keys are the user's own, and may have dots."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,7 @@ def flatten(settings: Mapping[str, Any], origin: str) -> list[Setting]:
             raise _too_deep(origin)
         for key, value in node.items():
             path = (*prefix, *str(key).split("."))
-            if isinstance(value, Mapping) and value:
+            if isinstance(value, Mapping) and value and not _is_table(path):
                 walk(value, path)
             else:
                 found.append(Setting(path, _finite(value, origin), origin))
@@ -270,7 +278,7 @@ class _YamlWalk:
         self._count(len(prefix), node)
         for key, key_node, item in self._items(node):
             path = (*prefix, *key.split("."))
-            if isinstance(item, yaml.MappingNode) and item.value:
+            if isinstance(item, yaml.MappingNode) and item.value and not _is_table(path):
                 self._mapping(item, path, found)
             else:
                 found.append(Setting(path, self.value(item, len(path)), self._where(key_node)))
@@ -347,8 +355,13 @@ class _YamlWalk:
         return f"{self.name}:{node.start_mark.line + 1}" if self.lines else self.name
 
 
+def _is_table(path: tuple[str, ...]) -> bool:
+    return path[-1].replace("-", "_") in TABLES
+
+
 def _finite(value: Any, origin: str) -> Any:
-    for item in value if isinstance(value, list | tuple) else (value,):
+    items = value.values() if isinstance(value, Mapping) else value
+    for item in items if isinstance(value, list | tuple | Mapping) else (value,):
         if isinstance(item, float) and not math.isfinite(item):
             raise ConfigError(
                 f"{origin}: {item} is not a usable number", "every setting is finite", "write a number"

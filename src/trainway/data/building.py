@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from trainway.config.mixes import source_name, train_sources
 from trainway.config.schema import RunConfig
+from trainway.data.chat import ChatEncoder
+from trainway.data.conversations import refuse_too_long, write_conversations
 from trainway.data.dedup import Deduplicator
 from trainway.data.documents import (
     HeldOut,
@@ -23,15 +25,15 @@ from trainway.data.documents import (
     sample_texts,
     split_texts,
 )
+from trainway.data.hub_sources import with_local_sources
 from trainway.data.inputs import InputFile, Inputs, find_inputs, present_sources
-from trainway.data.mix import Mix, plan_mix
 from trainway.data.rows import BadRecord
 from trainway.data.store import (
     FORMAT_VERSION,
+    LEFT_OUT,
     QUARANTINE,
     StoreManifest,
     StoreWriter,
-    TokenStore,
 )
 from trainway.data.tokenise import has_bos, tokenise
 from trainway.data.tokenizer import (
@@ -42,43 +44,10 @@ from trainway.data.tokenizer import (
     train_tokenizer,
     vocab_size,
 )
-from trainway.data.turns import Progress, Turn
+from trainway.data.turns import Progress
 from trainway.errors import ConfigError, DataError
 
 BAD_RECORDS = "bad-records"
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """A verified token store. The name of `store_dir` is the hash of all that it was made from."""
-
-    store_dir: Path
-    tokenizer_dir: Path
-    manifest: StoreManifest
-    summary: str
-    cached: bool
-    absent: tuple[str, ...] = ()
-    """Names of the optional sources that are not there."""
-    mix: Mix | None = None
-    """How the sources are mixed, in rows of train.seq_len; None when they are one stream."""
-
-    def rows_per_epoch(self, seq_len: int) -> int:
-        """Rows of `seq_len` tokens in one pass over the data."""
-        tokens: int = self.manifest.splits["train"]["tokens"]
-        return self.mix.rows_per_epoch if self.mix else tokens // seq_len
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it as JSON values; the mix as {name, share} of each source."""
-        mix = self.mix and [
-            {"name": name, "share": float(share)}
-            for name, share in zip(self.mix.names, self.mix.shares, strict=True)
-        ]
-        return {
-            **asdict(self),
-            "store_dir": str(self.store_dir),
-            "tokenizer_dir": str(self.tokenizer_dir),
-            "mix": mix,
-        }
 
 
 @dataclass(frozen=True)
@@ -94,6 +63,8 @@ class Job:
     """Everything that the store depends on: paths and the number of cores do not count."""
     report: Progress
     began: float
+    encoder: ChatEncoder | None = None
+    """What makes tokens of conversations; None when the sources are read as documents."""
 
     @property
     def store_dir(self) -> Path:
@@ -118,20 +89,44 @@ class LeftOut:
 
     quarantined: int = 0
     duplicates: int = 0
+    too_long: int = 0
+    truncated: int = 0
+    """Rows of conversations that are in the store without some of their turns, or cut."""
+    turns_left_out: int = 0
+    cut: int = 0
+
+    def facts(self, max_tokens: int | None) -> dict[str, Any]:
+        """The manifest's fields; max_tokens: of a row of conversations, None for documents."""
+        counts = asdict(self)
+        facts: dict[str, Any] = {name: counts.pop(name) for name in ("quarantined", "duplicates")}
+        if max_tokens is not None:
+            facts["conversations"] = {"max_tokens": max_tokens, **counts}
+        return facts
 
 
-def settle(config: RunConfig, root: Path, report: Progress, began: float) -> Job:
-    """Check the settings, find and hash the sources, load the tokenizer.
+def settle(
+    config: RunConfig, root: Path, report: Progress, began: float, tokenizer_dir: Path | None = None
+) -> Job:
+    """Check the settings, find and hash the sources, load the tokenizer (`tokenizer_dir`: the model's own).
 
     Raises ConfigError for settings that contradict each other, DataError for missing or altered files.
     """
     _check_settings(config)
-    given = load_tokenizer(root / Path(config.tokenizer.path).expanduser()) if config.tokenizer.path else None
+    path = _tokenizer_path(config, root, tokenizer_dir, report)
+    given = load_tokenizer(path) if path else None
     if given is not None:
         check_vocab_size(config, vocab_size(given))
     cache = root / Path(config.data.store_dir).expanduser()
+    encoder = None
+    if config.recipe == "sft":
+        assert given is not None
+        encoder = ChatEncoder(given, config.data, config.train.seq_len)
+        config = config.model_copy(update={"data": with_local_sources(config.data, root, cache, report)})
     inputs = find_inputs(config.data, root, cache, report, began)
-    return Job(config, cache, inputs, given, _content(config, inputs, given), report, began)
+    content = _content(config, inputs, given)
+    if encoder is not None:
+        content = {**content, "recipe": config.recipe, "encoder": encoder.identity()}
+    return Job(config, cache, inputs, given, content, report, began, encoder)
 
 
 def content_key(content: dict[str, Any]) -> str:
@@ -152,6 +147,9 @@ def write_tokenizer(job: Job, out: Path) -> PreTrainedTokenizerFast:
     """
     config = job.config
     if job.given is not None:
+        if job.encoder is not None and job.encoder.template is not None:
+            # Who talks to the model renders as it was taught.
+            job.given.chat_template = job.encoder.template.text
         save_tokenizer(job.given, out)
     else:
         bad: list[BadRecord] = []
@@ -177,12 +175,14 @@ def write_documents(
     files: Sequence[InputFile],
     tokenizer: PreTrainedTokenizerFast,
     writer: StoreWriter,
-    listing: str,
+    part: str = "",
 ) -> LeftOut:
-    """Tokenise the documents of `files` into `writer`; returns how many were left out.
+    """Tokenise the documents or conversations of `files` into `writer`; returns how many were left out.
 
-    Raises DataError for them where they are errors; `listing` is then the file, in the cache, that lists them all.
+    Raises DataError for them where they are errors; files in the cache, of which `part` ends the names, then list all.
     """
+    if job.encoder is not None:
+        return _write_conversations(job, job.encoder, files, writer, part)
     bad: list[BadRecord] = []
     total = sum(file.source.size for file in files)
     seen = Deduplicator() if job.config.data.dedup else None
@@ -192,11 +192,14 @@ def write_documents(
 
     texts = split_texts(files, job.config.data, HeldOut(job.config), bad, report, seen)
     tokenise(texts, tokenizer, writer)
-    if bad and job.config.data.on_bad_record == "error":
-        raise bad_records_error(bad, job.cache / listing)
-    if bad:
-        (writer.path / QUARANTINE).write_text(json_lines(bad), encoding="utf-8")
+    _set_aside(job, bad, writer, part)
     return LeftOut(len(bad), seen.duplicates if seen else 0)
+
+
+def open_writer(job: Job, out: Path, tokenizer: PreTrainedTokenizerFast) -> StoreWriter:
+    """What writes the job's store, or a part of it, in the directory `out`."""
+    masked = job.encoder is not None
+    return StoreWriter(out, vocab_size(tokenizer), streams=job.streams, masked=masked)
 
 
 def finish_store(
@@ -218,7 +221,7 @@ def finish_store(
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
         sources=sources,
-        **asdict(left_out),
+        **left_out.facts(job.config.train.seq_len if job.encoder else None),
     )
 
 
@@ -241,28 +244,11 @@ def check_documents(job: Job, writer: StoreWriter) -> None:
         raise DataError(
             "there is no validation document",
             f"data.val_ratio {job.config.data.val_ratio:g} held out none of {count} documents",
-            "raise data.val_ratio, name validation sources (data.validation), or, for text files, cut them into "
+            "raise data.val_ratio, or name validation sources (data.validation)"
+            if job.encoder
+            else "raise data.val_ratio, name validation sources (data.validation), or, for text files, cut them into "
             "more documents: data.text_unit=paragraph",
         )
-
-
-def open_prepared(job: Job, own: Turn, cached: bool) -> PreparedData:
-    """Verify the finished store: every byte, unless another process did while this one waited for its turn.
-
-    Raises DataError for an altered file, and for a source of a mix that is shorter than one row.
-    """
-    store = TokenStore.open(job.store_dir, verify=not own.finished_since(job.began))
-    own.finish()
-    check_vocab_size(job.config, store.manifest.vocab_size)
-    present = present_sources(job.config.data, job.inputs)
-    mix = None
-    if store.manifest.streams:
-        counts = [stream["tokens"] for stream in store.manifest.streams]
-        mix = plan_mix(present, counts, job.config.train.seq_len)
-    manifest = store.manifest
-    return PreparedData(
-        job.store_dir, store.tokenizer_dir, manifest, _summary(manifest), cached, job.absent, mix
-    )
 
 
 def check_vocab_size(config: RunConfig, tokenizer_size: int) -> None:
@@ -274,6 +260,61 @@ def check_vocab_size(config: RunConfig, tokenizer_size: int) -> None:
             "the embedding needs a row for each token",
             f"leave model.vocab_size empty, or set tokenizer.vocab_size to {rows} at most",
         )
+
+
+def _write_conversations(
+    job: Job, encoder: ChatEncoder, files: Sequence[InputFile], writer: StoreWriter, part: str
+) -> LeftOut:
+    total = sum(file.source.size for file in files)
+    tally = write_conversations(
+        files, job.config, encoder, writer, lambda done: job.report("tokenising", done, total)
+    )
+    _set_aside(job, tally.bad, writer, part)
+    if job.config.data.over_length == "error":
+        listing = job.cache / f"{Path(LEFT_OUT).stem}{part}.jsonl"
+        refuse_too_long(tally, writer.path / LEFT_OUT, listing, job.config.train.seq_len)
+    return LeftOut(
+        len(tally.bad), tally.duplicates, tally.too_long, tally.truncated, tally.turns_left_out, tally.cut
+    )
+
+
+def _set_aside(job: Job, bad: list[BadRecord], writer: StoreWriter, part: str) -> None:
+    """Write the quarantine beside the store, or raise the error of malformed records."""
+    if bad and job.config.data.on_bad_record == "error":
+        raise bad_records_error(bad, job.cache / f"{BAD_RECORDS}{part}.jsonl")
+    if bad:
+        (writer.path / QUARANTINE).write_text(json_lines(bad), encoding="utf-8")
+
+
+def _tokenizer_path(
+    config: RunConfig, root: Path, tokenizer_dir: Path | None, report: Progress
+) -> Path | None:
+    """The tokenizer to reuse; None where one is to be trained."""
+    if config.tokenizer.path:
+        return root / Path(config.tokenizer.path).expanduser()
+    if config.recipe != "sft":
+        return None
+    if tokenizer_dir is not None:
+        return tokenizer_dir
+    model = config.model
+    if not model.path:
+        raise ConfigError(
+            "there is no tokenizer for the conversations",
+            "tokenizer.path and model.path are empty",
+            "set model.path to the model to start from, or tokenizer.path",
+        )
+    directory = root / Path(model.path).expanduser()
+    if directory.is_dir():
+        return directory
+    from trainway.models.base import find_base  # brings torch: only for a model that is not here yet
+
+    return find_base(
+        model.path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        cache=root / Path(config.data.store_dir).expanduser(),
+        report=report,
+    ).directory
 
 
 def _check_settings(config: RunConfig) -> None:
@@ -288,7 +329,7 @@ def _check_settings(config: RunConfig) -> None:
             f"data.val_ratio {data.val_ratio:g} leaves no {left} document",
             fix="set data.val_ratio to about 0.01, or name validation sources: data.validation=[...]",
         )
-    if not config.tokenizer.path:
+    if not config.tokenizer.path and config.recipe != "sft":
         check_vocab_size(config, config.tokenizer.vocab_size)
 
 
@@ -313,15 +354,3 @@ def _content(config: RunConfig, inputs: Inputs, tokenizer: PreTrainedTokenizerFa
     if data.dedup:
         content["dedup"] = True
     return content
-
-
-def _summary(manifest: StoreManifest) -> str:
-    train, val = manifest.splits["train"], manifest.splits["val"]
-    text = (
-        f"{train['documents']:,} documents, {train['tokens']:,} tokens for training; "
-        f"{val['documents']:,} documents, {val['tokens']:,} tokens for validation; "
-        f"{train['text_bytes'] / max(1, train['tokens'] - 2 * train['documents']):.2f} bytes per token"
-    )
-    if manifest.duplicates:
-        text += f"; {manifest.duplicates:,} duplicates left out"
-    return text + (f"; {manifest.quarantined:,} malformed records set aside" if manifest.quarantined else "")

@@ -4,8 +4,7 @@ Reading a corpus to hash it costs as much as the network volume that holds it is
 never on trust that matters:
 - Processes that start together (the ranks of a run, the workers of a preparation) take turns; who waited while
   another one searched, checked and hashed takes its result. A later start does the work anew.
-- A plain file's hash is remembered with its size, inode, modification and change time, and computed again when one
-  of them differs. No program can set the change time, so every rewriting is seen.
+- A plain file's hash is remembered, and computed again when the file has changed (`hash_memory`).
 - Shards with a manifest are never remembered: their bytes are read and compared on each start.
 """
 
@@ -13,10 +12,7 @@ from __future__ import annotations
 
 import glob
 import json
-import os
-import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,16 +21,15 @@ import xxhash
 
 from trainway.config.mixes import is_mix, train_sources
 from trainway.config.schema import DataConfig, SourceConfig
+from trainway.data.hash_memory import remembered_hashes
 from trainway.data.sources import Source, find_sources
 from trainway.data.store import stream_key
 from trainway.data.turns import Progress, turn
 from trainway.errors import DataError
-from trainway.files import atomic_write, hash_file, read_json
+from trainway.files import atomic_write, read_json
 
 SOURCES_DIR = ".sources"
 HASHES = "hashes.json"
-SETTLED_S = 2.0
-"""A file that changed more recently may change again without a new time: its hash is not remembered."""
 
 
 @dataclass(frozen=True)
@@ -156,50 +151,17 @@ def _refuse_overlap(files: Iterable[InputFile], paths: list[str]) -> None:
 
 def _hashed(sources: list[Source], memory: Path, report: Progress) -> list[Source]:
     total = sum(source.size for source in sources)
-    known = _recalled(memory)
-    fresh: dict[str, list[Any]] = {}
-    result: list[Source] = []
-    done = 0
+    # of a shard the bytes were just compared with its manifest
+    plain = [source for source in sources if not source.hash]
+    done = total - sum(source.size for source in plain)
 
-    def hashed(source: Source) -> Source:
-        if source.hash:  # a shard, whose bytes were just compared with its manifest
-            return source
-        path = str(source.path.absolute())
-        state = _file_state(source.path)
-        if known.get(path, [])[:-1] == state:
-            return replace(source, hash=known[path][-1])
-        began = time.time_ns()
-        digest = hash_file(source.path)
-        if _file_state(source.path) == state and max(state[2:]) < began - SETTLED_S * 1e9:
-            fresh[path] = [*state, digest]
-        return replace(source, hash=digest)
+    def hashed(size: int) -> None:
+        nonlocal done
+        done += size
+        report("hashing sources", done, total)
 
-    with ThreadPoolExecutor() as threads:
-        for source in threads.map(hashed, sources):
-            result.append(source)
-            done += source.size
-            report("hashing sources", done, total)
-    if fresh:
-        with turn(memory.with_suffix(".lock")):
-            atomic_write(memory, json.dumps({**_recalled(memory), **fresh}))
-    return result
-
-
-def _file_state(path: Path) -> list[int]:
-    status = os.stat(path)
-    return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
-
-
-def _recalled(memory: Path) -> dict[str, list[Any]]:
-    try:
-        known = read_json(memory)
-    except DataError:  # absent or damaged: everything is hashed again
-        return {}
-    return (
-        {path: entry for path, entry in known.items() if isinstance(entry, list)}
-        if isinstance(known, dict)
-        else {}
-    )
+    hashes = iter(remembered_hashes([source.path for source in plain], memory, hashed))
+    return [source if source.hash else replace(source, hash=next(hashes)) for source in sources]
 
 
 def _to_json(inputs: Inputs) -> dict[str, Any]:

@@ -75,19 +75,26 @@ class Mix:
 
 
 def plan_mix(sources: Sequence[SourceConfig], tokens: Sequence[int], seq_len: int) -> Mix:
-    """The mix of `sources`, of which source i has tokens[i] tokens, in rows of `seq_len`.
+    """The mix of `sources`, of which source i has tokens[i] tokens, in windows of `seq_len`.
 
-    With weights an epoch is as many rows as all sources have together; with epochs it is what the passes sum up to.
-    Raises DataError for a source that has no row.
+    Raises DataError for a source that is shorter than one row.
     """
-    names = tuple(source_name(source) for source in sources)
-    rows = tuple(count // seq_len for count in tokens)
-    for name, own_rows, own_tokens in zip(names, rows, tokens, strict=True):
-        if own_rows == 0:
+    for source, own_tokens in zip(sources, tokens, strict=True):
+        if own_tokens < seq_len:
             raise DataError(
-                f"data.train: the source {name} has {own_tokens} tokens, fewer than one row of {seq_len}",
+                f"data.train: the source {source_name(source)} has {own_tokens} tokens, "
+                f"fewer than one row of {seq_len}",
                 fix="add documents to it, leave it out, or set train.seq_len lower",
             )
+    return mix_rows(sources, [count // seq_len for count in tokens])
+
+
+def mix_rows(sources: Sequence[SourceConfig], rows: Sequence[int]) -> Mix:
+    """The mix of `sources`, of which source i has rows[i] rows, at least one.
+
+    With weights an epoch is as many rows as all sources have together; with epochs it is what the passes sum up to.
+    """
+    names, rows = tuple(source_name(source) for source in sources), tuple(rows)
     # Fractions of the decimals as written: 0.1 is a tenth, not the binary fraction next to it.
     if any(source.weight is not None for source in sources):
         parts = [Fraction(str(source.weight)) for source in sources]

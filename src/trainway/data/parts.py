@@ -19,18 +19,18 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from trainway.data.building import (
-    BAD_RECORDS,
     Job,
     LeftOut,
     check_documents,
     clear_stale,
     finish_store,
+    open_writer,
     write_documents,
     write_tokenizer,
 )
 from trainway.data.inputs import InputFile
-from trainway.data.store import QUARANTINE, TOKENIZER_DIR, StoreWriter, TokenSplit, TokenStore, stream_number
-from trainway.data.tokenizer import load_tokenizer, vocab_size
+from trainway.data.store import LEFT_OUT, QUARANTINE, TOKENIZER_DIR, TokenSplit, TokenStore, stream_number
+from trainway.data.tokenizer import load_tokenizer
 from trainway.data.turns import turn
 from trainway.errors import ConfigError, DataError
 from trainway.files import atomic_directory, read_json
@@ -52,6 +52,8 @@ class PreparedPart:
     cached: bool
     absent: tuple[str, ...]
     """Names of the optional sources that are not there."""
+    warnings: tuple[str, ...] = ()
+    """What the user should know of the tokenizer and its chat template."""
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values."""
@@ -125,7 +127,8 @@ def prepare_part(job: Job, num_workers: int, worker_index: int | Literal["auto"]
         f"part {index} of {num_workers}: {len(files)} files, "
         f"{train['documents'] + val['documents']:,} documents, {train['tokens'] + val['tokens']:,} tokens"
     )
-    return PreparedPart(path, index, num_workers, text, cached, job.absent)
+    warnings = tuple(job.encoder.warnings) if job.encoder else ()
+    return PreparedPart(path, index, num_workers, text, cached, job.absent, warnings)
 
 
 def merge_job(job: Job, num_workers: int) -> None:
@@ -147,27 +150,25 @@ def merge_job(job: Job, num_workers: int) -> None:
     tokenizer = load_tokenizer(parts[0].tokenizer_dir)
     with atomic_directory(job.store_dir) as out:
         shutil.copytree(parts[0].tokenizer_dir, out / TOKENIZER_DIR)
-        with StoreWriter(out, vocab_size(tokenizer), streams=job.streams) as writer:
+        with open_writer(job, out, tokenizer) as writer:
             total = sum(part.manifest.splits[name]["tokens"] for part in parts for name in ("train", "val"))
             done = 0
             for name in writer.splits():
                 for part in parts:
                     stream, text_bytes = _stream(part, name)
-                    for tokens, lengths in stream.documents():
-                        writer.append(name, tokens, lengths, 0)
+                    for tokens, lengths, mask in stream.documents():
+                        writer.append(name, tokens, lengths, 0, mask)
                         done += len(tokens)
                         job.report("merging", done, total)
-                    writer.append(name, _NOTHING, _NOTHING, text_bytes)
+                    writer.append(name, _NOTHING, _NOTHING, text_bytes, _NOTHING if job.encoder else None)
             check_documents(job, writer)
-            set_aside = b"".join(
-                (part.path / QUARANTINE).read_bytes() for part in parts if part.manifest.quarantined
-            )
-            if set_aside:
-                (out / QUARANTINE).write_bytes(set_aside)
-            left_out = LeftOut(
-                sum(part.manifest.quarantined for part in parts),
-                sum(part.manifest.duplicates for part in parts),
-            )
+            for listing in (QUARANTINE, LEFT_OUT):
+                listed = b"".join(
+                    (part.path / listing).read_bytes() for part in parts if (part.path / listing).exists()
+                )
+                if listed:
+                    (out / listing).write_bytes(listed)
+            left_out = _left_out(parts)
             finish_store(job, writer, tokenizer, job.inputs.files, left_out)
     for part in parts:
         shutil.rmtree(part.path, ignore_errors=True)
@@ -225,9 +226,8 @@ def _write_part(
     else:
         shutil.copytree(shared, out / TOKENIZER_DIR)
         tokenizer = load_tokenizer(out / TOKENIZER_DIR)
-    listing = f"{BAD_RECORDS}-{index}-of-{num_workers}.jsonl"
-    with StoreWriter(out, vocab_size(tokenizer), streams=job.streams) as writer:
-        left_out = write_documents(job, files, tokenizer, writer, listing)
+    with open_writer(job, out, tokenizer) as writer:
+        left_out = write_documents(job, files, tokenizer, writer, f"-{index}-of-{num_workers}")
         description = {
             "index": index,
             "num_workers": num_workers,
@@ -236,6 +236,19 @@ def _write_part(
         }
         (out / PART_FILE).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
         finish_store(job, writer, tokenizer, files, left_out)
+
+
+def _left_out(parts: Sequence[TokenStore]) -> LeftOut:
+    """What all parts left out together."""
+    sums: dict[str, int] = {}
+    for part in parts:
+        manifest = part.manifest
+        found = {"quarantined": manifest.quarantined, "duplicates": manifest.duplicates}
+        found.update(manifest.conversations or {})
+        for name, count in found.items():
+            sums[name] = sums.get(name, 0) + count
+    sums.pop("max_tokens", None)
+    return LeftOut(**sums)
 
 
 def _named(files: Sequence[InputFile]) -> list[list[Any]]:

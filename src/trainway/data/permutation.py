@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import xxhash
 
-PHASE, ORDER, BLOCK = 1, 2, 3
-"""What a key is for: where an epoch's windows begin, their order, the order of the sources in a block."""
+PHASE, ORDER, BLOCK, DEAL = 1, 2, 3, 4
+"""What a key is for: where an epoch's windows begin, the order of its rows, the order of the sources in a block, which
+of the documents of one length goes into which row."""
 
 _ROUNDS = 8
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -8,20 +8,18 @@ from typing import Literal, overload
 
 from trainway.config.schema import RunConfig
 from trainway.data.building import (
-    BAD_RECORDS,
     Job,
-    PreparedData,
     check_documents,
     clear_stale,
     finish_store,
-    open_prepared,
+    open_writer,
     settle,
     write_documents,
     write_tokenizer,
 )
 from trainway.data.parts import PreparedPart, merge_job, prepare_part
-from trainway.data.store import TOKENIZER_DIR, StoreWriter
-from trainway.data.tokenizer import vocab_size
+from trainway.data.prepared import PreparedData, open_prepared
+from trainway.data.store import TOKENIZER_DIR
 from trainway.data.turns import Progress, turn
 from trainway.errors import ConfigError
 from trainway.files import atomic_directory
@@ -31,7 +29,11 @@ __all__ = ["PreparedData", "PreparedPart", "Progress", "merge_parts", "prepare"]
 
 @overload
 def prepare(
-    config: RunConfig, *, progress: Progress | None = ..., root: Path | None = ...
+    config: RunConfig,
+    *,
+    progress: Progress | None = ...,
+    root: Path | None = ...,
+    tokenizer_dir: Path | None = ...,
 ) -> PreparedData: ...
 @overload
 def prepare(
@@ -41,6 +43,7 @@ def prepare(
     worker_index: int | Literal["auto"],
     progress: Progress | None = ...,
     root: Path | None = ...,
+    tokenizer_dir: Path | None = ...,
 ) -> PreparedPart: ...
 def prepare(
     config: RunConfig,
@@ -49,16 +52,19 @@ def prepare(
     worker_index: int | Literal["auto"] | None = None,
     progress: Progress | None = None,
     root: Path | None = None,
+    tokenizer_dir: Path | None = None,
 ) -> PreparedData | PreparedPart:
     """Make the token store of `config.data`, or find the one made before from the same content; verify it.
 
     Relative paths are below `root` (the working directory). Safe to call from several processes at once.
+    For recipe sft the store holds conversations with their targets, in the tokens of tokenizer.path, else of
+    `tokenizer_dir`, else of model.path, which is downloaded if it is not here.
     With `num_workers` only the part of worker `worker_index` (from 0; `auto`: JOB_COMPLETION_INDEX) is made, and
     merge_parts makes the store of all parts.
     Raises DataError for missing, altered or malformed data (only the list of bad records is kept then),
     ConfigError for settings that contradict each other, EnvironmentFault when the disk is full or read-only.
     """
-    return _prepare(config, num_workers, worker_index, progress, root)
+    return _prepare(config, num_workers, worker_index, progress, root, tokenizer_dir)
 
 
 def _prepare(
@@ -67,6 +73,7 @@ def _prepare(
     worker_index: int | Literal["auto"] | None,
     progress: Progress | None,
     root: Path | None,
+    tokenizer_dir: Path | None,
 ) -> PreparedData | PreparedPart:
     began = time.time()
     if (num_workers is None) != (worker_index is None):
@@ -75,7 +82,7 @@ def _prepare(
             "one of num_workers and worker_index is not given",
             "e.g. --num-workers 4 --worker-index 0",
         )
-    job = settle(config, root or Path.cwd(), progress or _silent, began)
+    job = settle(config, root or Path.cwd(), progress or _silent, began, tokenizer_dir)
     if num_workers is not None and worker_index is not None:
         return prepare_part(job, num_workers, worker_index)
     with turn(lock_path(job), job.report) as own:
@@ -88,7 +95,12 @@ def _prepare(
 
 
 def merge_parts(
-    config: RunConfig, num_workers: int, *, progress: Progress | None = None, root: Path | None = None
+    config: RunConfig,
+    num_workers: int,
+    *,
+    progress: Progress | None = None,
+    root: Path | None = None,
+    tokenizer_dir: Path | None = None,
 ) -> PreparedData:
     """Make the token store of the parts that `num_workers` workers prepared: byte for byte what prepare makes.
 
@@ -96,7 +108,7 @@ def merge_parts(
     Raises DataError naming the part that is missing, damaged or made from other data or settings.
     """
     began = time.time()
-    job = settle(config, root or Path.cwd(), progress or _silent, began)
+    job = settle(config, root or Path.cwd(), progress or _silent, began, tokenizer_dir)
     with turn(lock_path(job), job.report) as own:
         cached = job.store_dir.exists()
         if not cached:
@@ -112,6 +124,7 @@ def prepare_as_asked(
     worker_index: str | None,
     merge: bool,
     progress: Progress | None = None,
+    tokenizer_dir: Path | None = None,
 ) -> PreparedData | PreparedPart:
     """prepare or merge_parts, as the options of the command line say.
 
@@ -124,7 +137,7 @@ def prepare_as_asked(
             "e.g. --num-workers 4 --merge",
         )
     if merge and num_workers is not None:
-        return merge_parts(config, num_workers, progress=progress)
+        return merge_parts(config, num_workers, progress=progress, tokenizer_dir=tokenizer_dir)
     if worker_index is not None and worker_index != "auto" and not worker_index.isdecimal():
         raise ConfigError(
             f"--worker-index is {worker_index!r}", "it is auto or a number from 0", "e.g. --worker-index 0"
@@ -132,7 +145,7 @@ def prepare_as_asked(
     index: int | Literal["auto"] | None = "auto"
     if worker_index != "auto":
         index = None if worker_index is None else int(worker_index)
-    return _prepare(config, num_workers, index, progress, None)
+    return _prepare(config, num_workers, index, progress, None, tokenizer_dir)
 
 
 def lock_path(job: Job) -> Path:
@@ -142,8 +155,8 @@ def lock_path(job: Job) -> Path:
 
 def _build(job: Job, out: Path) -> None:
     tokenizer = write_tokenizer(job, out / TOKENIZER_DIR)
-    with StoreWriter(out, vocab_size(tokenizer), streams=job.streams) as writer:
-        left_out = write_documents(job, job.inputs.files, tokenizer, writer, f"{BAD_RECORDS}.jsonl")
+    with open_writer(job, out, tokenizer) as writer:
+        left_out = write_documents(job, job.inputs.files, tokenizer, writer)
         check_documents(job, writer)
         finish_store(job, writer, tokenizer, job.inputs.files, left_out)
 

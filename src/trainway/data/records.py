@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -14,6 +15,7 @@ from trainway.data.rows import BadRecord, BadRow, MalformedError, check_text, ty
 
 Shape = Literal["messages", "prompt", "text", "teacher"]
 Kind = Literal["auto", "messages", "prompt", "text", "teacher"]
+_Shapes = tuple[tuple[Shape, tuple[tuple[str, ...], ...]], ...]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FROM_ROLES = {
@@ -99,13 +101,18 @@ class FieldNames:
         """A copy in which each field that is given has that one name."""
         return replace(self, **{field: (name,) for field, name in names.items() if name})
 
+    @cached_property
+    def harmless(self) -> set[str]:
+        """Names that were met beside these, and are neither one of them nor like one."""
+        return set()
+
     def lists(self) -> frozenset[str]:
         """The fields that hold lists of turns: in CSV, as JSON."""
         return frozenset(self.messages + self.content)
 
 
 def parse_record(row: dict[str, Any], names: FieldNames | None = None, kind: Kind = "auto") -> Record:
-    """Check one row. kind: the shape it must have; auto takes the first that it has all fields of.
+    """Check one row. kind: the shape it must have; auto takes any, of which it must have the fields of one alone.
 
     Raises MalformedError with the path of the field, such as `messages[2].content`.
     """
@@ -149,16 +156,24 @@ def read_records(
         try:
             yield Located(parse_record(value, names, kind), path, line, raw)
         except MalformedError as bad:
-            data = json.dumps(value, ensure_ascii=False).encode("utf-8") if raw is None else raw
-            yield BadRow(BadRecord(path, line, bad.field, bad.reason), data, len(data))
+            yield bad_row(value, path, line, raw, bad)
+
+
+def bad_row(row: dict[str, Any], source: Path, line: int, raw: bytes | None, fault: MalformedError) -> BadRow:
+    """A row that was read, and turned out to be no record; without bytes of its own, it is written as JSON."""
+    data = json.dumps(row, ensure_ascii=False).encode("utf-8") if raw is None else raw
+    return BadRow(BadRecord(source, line, fault.field, fault.reason), data, len(data))
 
 
 def _shape(row: dict[str, Any], names: FieldNames, kind: Kind) -> tuple[Shape, tuple[str, ...]]:
-    for shape, fields in _shapes(names):
+    shapes = _shapes(names)
+    for shape, fields in shapes:
         if kind not in ("auto", shape):
             continue
         found = tuple([_present(row, aliases) for aliases in fields])
         if "" not in found:
+            if kind == "auto" and len(row) > len(found):
+                _check_others(row, names, shapes, shape, found)
             if shape == "prompt" and kind == "auto" and found == ("input", "output") and "instruction" in row:
                 why = "beside 'input' and 'output' there is 'instruction': say which field is the prompt"
                 raise MalformedError("instruction", why)
@@ -166,7 +181,60 @@ def _shape(row: dict[str, Any], names: FieldNames, kind: Kind) -> tuple[Shape, t
     raise _unknown(row, names, kind)
 
 
-def _shapes(names: FieldNames) -> Sequence[tuple[Shape, tuple[tuple[str, ...], ...]]]:
+def _check_others(
+    row: dict[str, Any], names: FieldNames, shapes: _Shapes, shape: Shape, found: tuple[str, ...]
+) -> None:
+    """Raises MalformedError for a second shape in a row, and for a field that looks like one of a shape, misspelt."""
+    if len(row.keys() - names.harmless) == len(found):
+        return
+    for other, fields in shapes:
+        if other != shape and all(_present(row, aliases) for aliases in fields):
+            present = [_present(row, aliases) for aliases in fields]
+            both = f"{' + '.join(found)} and {' + '.join(present)}"
+            raise MalformedError(
+                present[0], f"a second shape in one row: it has {both}; --kind says which counts"
+            )
+    for name, value in row.items():
+        if name in found or value is None:
+            continue
+        if meant := _misspelt(name, shapes):
+            raise MalformedError(
+                name, f"looks like {meant!r}, misspelt; the row is read as {' + '.join(found)}"
+            )
+        if len(names.harmless) < 10_000 and not any(
+            name in aliases for _, fields in shapes for aliases in fields
+        ):
+            names.harmless.add(name)
+
+
+def _misspelt(name: str, shapes: _Shapes) -> str:
+    """The field of a shape that a name is one letter away from, or two swapped; empty where there is none.
+
+    Short names and `content` are left alone (test, context), and so is a name that only adds or lacks an s.
+    """
+    fields = [alias for _, groups in shapes for aliases in groups for alias in aliases]
+    lower = name.lower()
+    if name in fields or lower == "content":
+        return ""
+    for field in fields:
+        if len(field) < 6 or field == "content" or lower in (field + "s", field.removesuffix("s")):
+            continue
+        if lower == field or _is_one_slip(lower, field):
+            return field
+    return ""
+
+
+def _is_one_slip(one: str, other: str) -> bool:
+    """Whether two words differ by a letter too many, missing or wrong, or by two neighbours swapped."""
+    short, long = sorted((one, other), key=len)
+    at = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
+    if len(long) == len(short) + 1:
+        return short[at:] == long[at + 1 :]
+    swapped = short[at + 1 : at + 2] + short[at : at + 1] + short[at + 2 :]
+    return len(long) == len(short) and (short[at + 1 :] == long[at + 1 :] or swapped == long[at:])
+
+
+def _shapes(names: FieldNames) -> _Shapes:
     """The shapes and their fields, the most telling first."""
     return (
         ("messages", (names.messages,)),
@@ -225,6 +293,8 @@ def _message(item: object, field: str, index: int) -> Message:
     extra = _NOTHING
     if len(item) > 2 or "content" not in item:
         extra = {key: v for key, v in item.items() if key not in ("role", "content") and v is not None}
+        if extra and role == "assistant":
+            _check_said(extra, f"{field}[{index}]")
     if (
         type(content) is not str
         or not content
@@ -234,6 +304,24 @@ def _message(item: object, field: str, index: int) -> Message:
     ):
         content = _content(item, content, extra, f"{field}[{index}]")
     return Message(role, content, extra)
+
+
+def _check_said(extra: dict[str, Any], path: str) -> None:
+    """Raises MalformedError for reasoning that is no text and calls that are no list of objects: they are learnt too."""
+    for name in ("reasoning_content", "thinking"):
+        value = extra.get(name, "")
+        if type(value) is not str:
+            raise MalformedError(f"{path}.{name}", f"is {type_name(value)}, not a string")
+        if "\0" in value:
+            raise MalformedError(
+                f"{path}.{name}", f"holds a NUL character at character {value.index(chr(0))}"
+            )
+    calls = extra.get("tool_calls", [])
+    if type(calls) is not list:
+        raise MalformedError(f"{path}.tool_calls", f"is {type_name(calls)}, not a list of calls")
+    for index, call in enumerate(calls):
+        if type(call) is not dict:
+            raise MalformedError(f"{path}.tool_calls[{index}]", f"is {type_name(call)}, not an object")
 
 
 def _sharegpt_message(item: dict[str, Any], path: str) -> Message:

@@ -1,13 +1,13 @@
-"""Shows rows to a person: field by field, control characters made visible, token by token where asked."""
+"""Shows rows to a person: field by field, control characters made visible, or as the tokens that training sees."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainway.config.schema import DataConfig
 from trainway.data.printable import printable
@@ -16,6 +16,12 @@ from trainway.data.records import FieldNames, Kind, Message, Record, read_record
 from trainway.data.rows import BadRow, file_kind
 from trainway.data.validate import find_rows
 from trainway.errors import DataError
+
+if TYPE_CHECKING:
+    from trainway.data.chat import ChatEncoder
+
+TRAINED, CONTEXT, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
+"""Colours of a terminal: bold green, dim, none."""
 
 
 @dataclass
@@ -38,6 +44,10 @@ class ShownRow:
     parts: list[Shown] = field(default_factory=list)
     other: dict[str, Any] = field(default_factory=dict)
     error: str = ""
+    rendered: list[tuple[str, bool]] | None = None
+    """As fine-tuning sees the row: the text of each token, and whether it is trained."""
+    left_out: int = 0
+    """Turns that were left out of `rendered`, since the row was too long."""
 
     @property
     def num_characters(self) -> int:
@@ -53,14 +63,19 @@ def inspect_rows(
     names: FieldNames | None = None,
     kind: Kind = "auto",
     tokenizer: Path | None = None,
+    max_tokens: int | None = None,
+    warn: Callable[[str], None] = lambda warning: None,
 ) -> list[ShownRow]:
     """The row at `line` (its number as validation gives it; of Parquet, the row's number), or the first few.
 
-    Raises DataError for a file that cannot be read or has no such row.
+    tokenizer: show tokens; with a chat template (config.chat_template or the tokenizer's own) those of the rendered
+    row, and which of them are trained. max_tokens: the length that config.over_length is about. `warn` is given the
+    encoder's warnings. Raises DataError for a file that cannot be read or has no such row, ConfigError for a template
+    that cannot be had.
     """
     config = config or DataConfig()
     (source, *_) = find_rows([path], config)
-    split = _splitter(tokenizer) if tokenizer else None
+    split = _row_encoder(tokenizer, config, max_tokens, warn) if tokenizer else None
     rows = read_records(source, config.max_document_mib, names=names, kind=kind)
     if line is None:
         return [_shown(row, source, split) for row in islice(rows, first)]
@@ -80,15 +95,17 @@ def inspect_rows(
     )
 
 
-def render(row: ShownRow) -> Iterator[str]:
-    """The lines that show a row."""
+def render(row: ShownRow, *, colour: bool = False) -> Iterator[str]:
+    """The lines that show a row. Trained tokens stand in ⟦brackets⟧, or are green where `colour` is asked for."""
     where = f"{printable(str(row.source))}:{row.line}"
+    turns = f", {len(row.parts)} turns" if row.shape in ("messages", "teacher") else ""
     if row.error:
         yield f"{where}  bad: {printable(row.error)}"
     else:
-        turns = f", {len(row.parts)} turns" if row.shape in ("messages", "teacher") else ""
-        yield f"{where}  {row.shape}{turns}, {row.num_characters:,} characters"
-    for part in row.parts:
+        yield f"{where}  {row.shape}{turns}, {row.num_characters:,} characters{_counts(row)}"
+    if row.rendered is not None:
+        yield _colours(row.rendered) if colour else _brackets(row.rendered)
+    for part in row.parts if row.rendered is None else ():
         count = f", {len(part.tokens):,} tokens" if part.tokens is not None else ""
         yield f"── {printable(part.label)} ({len(part.text):,} characters{count})"
         yield printable(part.text) if part.tokens is None else "│".join(map(_token, part.tokens))
@@ -98,19 +115,39 @@ def render(row: ShownRow) -> Iterator[str]:
         yield f"{printable(name)}: {_value(value)}"
 
 
-def _shown(row: Any, source: Path, split: Callable[[str], list[str]] | None) -> ShownRow:
+def _counts(row: ShownRow) -> str:
+    if row.rendered is None:
+        return ""
+    trained = sum(flag for _, flag in row.rendered)
+    left_out = f", {row.left_out:,} turns left out" if row.left_out else ""
+    return f", {len(row.rendered):,} tokens, {trained:,} trained{left_out}"
+
+
+def _brackets(tokens: list[tuple[str, bool]]) -> str:
+    runs = [
+        (trained, "│".join([_token(piece) for piece, _ in run]))
+        for trained, run in groupby(tokens, key=lambda token: token[1])
+    ]
+    return "".join([f"⟦{text}⟧" if trained else text for trained, text in runs])
+
+
+def _colours(tokens: list[tuple[str, bool]]) -> str:
+    pieces = [f"{TRAINED if trained else CONTEXT}{_token(piece)}{PLAIN}" for piece, trained in tokens]
+    return f"{CONTEXT}│{PLAIN}".join(pieces)
+
+
+def _shown(row: Any, source: Path, encode: Callable[[Record, ShownRow], None] | None) -> ShownRow:
     if isinstance(row, BadRow):
         record = row.record
         reason = f"field {record.field!r}: {record.reason}" if record.field else record.reason
         entry = quarantined(row)
         raw: dict[str, Any] = {name: _clipped(entry[name]) for name in ("raw", "raw_base64") if name in entry}
         return ShownRow(source, record.line, error=reason, other=raw)
-    parts = list(_parts(row.record))
-    if split is not None:
-        for part in parts:
-            part.tokens = split(part.text)
     other = {name: value for name, value in row.record.row.items() if name not in row.record.names}
-    return ShownRow(source, row.line, row.record.shape, parts, other)
+    shown = ShownRow(source, row.line, row.record.shape, list(_parts(row.record)), other)
+    if encode is not None:
+        encode(row.record, shown)
+    return shown
 
 
 def _parts(record: Record) -> Iterator[Shown]:
@@ -130,20 +167,63 @@ def _turn(message: Message) -> Shown:
     return Shown(message.role, message.content, message.extra)
 
 
-def _splitter(path: Path) -> Callable[[str], list[str]]:
-    """The pieces of a text, one for each token; a character of several tokens is shown with its first."""
+def _row_encoder(
+    path: Path, config: DataConfig, max_tokens: int | None, warn: Callable[[str], None]
+) -> Callable[[Record, ShownRow], None]:
+    """Adds tokens to a shown row: of its parts where there is no chat template, else of the rendered row."""
+    from trainway.data.chat import UNLIMITED, ChatEncoder
     from trainway.data.tokenizer import load_tokenizer, text_encoder
 
-    encoder = text_encoder(load_tokenizer(path))
+    tokenizer = load_tokenizer(path)
+    encoder = ChatEncoder(tokenizer, config, max_tokens or UNLIMITED)
+    if encoder.template is not None:
+        told: list[str] = []
 
-    def split(text: str) -> list[str]:
-        pieces, done = [], 0
-        for start, end in encoder.encode(text, add_special_tokens=False).offsets:
-            pieces.append(text[max(start, done) : end])
-            done = max(done, end)
-        return pieces
+        def encode(record: Record, row: ShownRow) -> None:
+            _add_rendered(encoder, record, row, lambda ids: tokenizer.decode(ids, skip_special_tokens=False))
+            for warning in encoder.warnings[len(told) :]:
+                told.append(warning)
+                warn(warning)
+
+        return encode
+    backend = text_encoder(tokenizer)
+
+    def split(record: Record, row: ShownRow) -> None:
+        for part in row.parts:
+            part.tokens, done = [], 0
+            for start, end in backend.encode(part.text, add_special_tokens=False).offsets:
+                part.tokens.append(part.text[max(start, done) : end])
+                done = max(done, end)
 
     return split
+
+
+def _add_rendered(
+    encoder: ChatEncoder, record: Record, row: ShownRow, decode: Callable[[list[int]], str]
+) -> None:
+    from trainway.data.chat import Refused
+
+    (result,) = encoder([record])
+    if isinstance(result, Refused):
+        field = f"field {result.field!r}: " if result.field else ""
+        row.error = field + (result.why if result.reason == "malformed" else f"{result.reason}: {result.why}")
+        return
+    pieces = _pieces(result.tokens.tolist(), decode)
+    row.rendered = list(zip(pieces, result.trained.tolist(), strict=True))
+    row.left_out = result.left_out
+
+
+def _pieces(ids: list[int], decode: Callable[[list[int]], str]) -> list[str]:
+    """The text of each token as it stands among the others; a character of several tokens is shown with its first."""
+    pieces = [""] * len(ids)
+    before = begin = 0
+    for end in range(1, len(ids) + 1):
+        text = decode(ids[before:end])
+        if text.endswith("\ufffd") and end < len(ids) and end - begin < 8:
+            continue  # the rest of a character is still to come
+        pieces[begin] = text[len(decode(ids[before:begin])) :]
+        before, begin = begin, end
+    return pieces
 
 
 def _token(piece: str) -> str:

@@ -50,6 +50,11 @@ class Stats:
     quantiles: dict[str, int] = field(default_factory=dict)
     histogram: list[tuple[int, int, int]] = field(default_factory=list)  # from, to (included), rows
     longest: list[tuple[str, int, int]] = field(default_factory=list)  # file, line, length
+    rendered: bool = False
+    """Whether lengths are those of rows as fine-tuning sees them."""
+    refused: Counter[str] = field(default_factory=Counter)  # by reason: rows that the chat template refuses
+    max_length: int | None = None
+    too_long: int = 0
 
     def total(self, name: str) -> int:
         return sum(getattr(shape, name) for shape in self.shapes.values())
@@ -62,7 +67,13 @@ class Stats:
             name: {key: value for key, value in vars(shape).items() if key == "rows" or key in sums}
             for name, shape in sorted(self.shapes.items())
         }
-        return {**vars(self), **sums, "shapes": shapes, "roles": dict(self.roles)}
+        result = {**vars(self), **sums, "shapes": shapes, "roles": dict(self.roles)}
+        if not self.rendered:
+            del result["refused"]
+        if self.max_length is None:
+            del result["max_length"], result["too_long"]
+        del result["rendered"]
+        return result
 
 
 def measure(
@@ -72,26 +83,34 @@ def measure(
     names: FieldNames | None = None,
     kind: Kind = "auto",
     tokenizer: Path | None = None,
+    max_length: int | None = None,
     dedup: bool = False,
     progress: Progress = lambda label, done, total: None,
 ) -> Stats:
     """Statistics of files, directories and patterns. Bad rows are counted and set aside.
 
-    tokenizer: count tokens of the texts (no chat template, no special tokens). dedup: leave duplicates out of all
-    other figures. Memory: some 30 bytes per row. Raises DataError when there is no good row.
+    tokenizer: count tokens; with a chat template (config.chat_template or the tokenizer's own) those of the rendered
+    row, else those of its texts without special tokens. Rows that the template refuses are counted by their reason,
+    and in no other figure. max_length: count the rows with more tokens. dedup: leave duplicates out of all other
+    figures. Memory: some 30 bytes per row. Raises DataError when there is no good row, ConfigError for a template that
+    cannot be had.
     """
     config = config or DataConfig()
     paths = find_rows(patterns, config)
-    count_tokens = _token_counter(tokenizer) if tokenizer else None
     unit = "tokens" if tokenizer else "characters"
-    stats = Stats(len(paths), sum(path.stat().st_size for path in paths), unit)
+    stats = Stats(len(paths), sum(path.stat().st_size for path in paths), unit, max_length=max_length)
+    count_tokens = _token_counter(tokenizer, config, stats) if tokenizer else None
     lengths = _Lengths()
     seen = Deduplicator()
     batch: list[tuple[Record, str, int]] = []
 
     def flush() -> None:
+        counts: Sequence[int | None]
         counts = count_tokens([record for record, _, _ in batch]) if count_tokens else [0] * len(batch)
         for (record, source, line), tokens in zip(batch, counts, strict=True):
+            if tokens is None:
+                continue
+            stats.too_long += max_length is not None and tokens > max_length
             characters = _count(stats, record, tokens)
             lengths.add(tokens if count_tokens else characters, source, line)
         batch.clear()
@@ -107,6 +126,9 @@ def measure(
             flush()
     flush()
     if not stats.rows:
+        if stats.refused:
+            (reason, _), *_ = stats.refused.most_common(1)
+            raise DataError("there is no row that the chat template takes", reason, "name another template")
         why = f"all {stats.bad:,} rows are malformed"
         raise DataError("there is no good row", why, f"trainway data validate {' '.join(patterns)}")
     stats.duplicates = seen.duplicates
@@ -164,12 +186,32 @@ def _histogram(values: np.ndarray) -> list[tuple[int, int, int]]:
     return [(steps[step], steps[step + 1] - 1, int(counts[step])) for step in range(found[0], found[-1] + 1)]
 
 
-def _token_counter(path: Path) -> Callable[[Sequence[Record]], list[int]]:
+def _token_counter(
+    path: Path, config: DataConfig, stats: Stats
+) -> Callable[[Sequence[Record]], list[int | None]]:
+    from trainway.data.chat import UNLIMITED, ChatEncoder, Refused
     from trainway.data.tokenizer import load_tokenizer, text_encoder
 
-    encoder = text_encoder(load_tokenizer(path))
+    tokenizer = load_tokenizer(path)
+    # what is trained does not matter for lengths, and every token counts
+    chat = ChatEncoder(tokenizer, config.model_copy(update={"train_on": "all"}), UNLIMITED)
+    stats.rendered = chat.template is not None
+    if chat.template is not None:
 
-    def count(records: Sequence[Record]) -> list[int]:
+        def count_rendered(records: Sequence[Record]) -> list[int | None]:
+            sizes: list[int | None] = []
+            for result in chat(records):
+                if isinstance(result, Refused):
+                    stats.refused[result.why] += 1
+                    sizes.append(None)
+                else:
+                    sizes.append(len(result.tokens))
+            return sizes
+
+        return count_rendered
+    encoder = text_encoder(tokenizer)
+
+    def count(records: Sequence[Record]) -> list[int | None]:
         texts = [[text for _, text in record.texts()] for record in records]
         flat = [text for row in texts for text in row]
         sizes = iter(encoder.encode_batch_fast(flat, add_special_tokens=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Literal, Self
 import numpy as np
 import xxhash
 
+from trainway.data.token_split import Part, TokenSplit
 from trainway.errors import DataError
 from trainway.files import atomic_write, hash_file, read_json
 
@@ -21,6 +22,7 @@ MANIFEST = "manifest.json"
 TOKEN_BYTES = "token_bytes.bin"
 TOKENIZER_DIR = "tokenizer"
 QUARANTINE = "quarantine.jsonl"
+LEFT_OUT = "left-out.jsonl"
 PART_BYTES = 4 << 30
 
 SplitName = Literal["train", "val"]
@@ -44,68 +46,9 @@ class StoreManifest:
     # per source of a mix, in the order of the train split's parts: name, tokens, documents, text_bytes, number of parts
     streams: list[dict[str, Any]] = field(default_factory=list)
     duplicates: int = 0  # training documents that were left out because their text was there before
-
-
-@dataclass(frozen=True)
-class _Part:
-    tokens: np.ndarray  # [part tokens] uint16 or uint32
-    starts: np.ndarray  # [part documents + 1] int64, offsets within the part
-    first: int  # position of the part's first token in the split
-
-
-class TokenSplit:
-    """The documents of one split as one stream of tokens; each document is [bos] + its tokens + [eos]."""
-
-    def __init__(self, parts: Sequence[_Part], eos_id: int, name: str = "train") -> None:
-        self.name = name
-        self.eos_id = eos_id
-        self.num_tokens = sum(len(part.tokens) for part in parts)
-        self.num_documents = sum(len(part.starts) - 1 for part in parts)
-        self._parts = tuple(parts)
-        self._only = parts[0] if len(parts) == 1 else None
-        self._firsts = np.array([part.first for part in parts], dtype=np.int64)
-
-    @classmethod
-    def from_arrays(
-        cls, tokens: np.ndarray, starts: np.ndarray, eos_id: int, name: str = "train"
-    ) -> TokenSplit:
-        """A split in memory. tokens: [T] unsigned; starts: [documents + 1] offsets, the last one T."""
-        return cls([_Part(tokens, starts.astype(np.int64), 0)], eos_id, name)
-
-    def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens at the positions [start, stop), which must lie within the split; a view where possible."""
-        if self._only is not None:
-            return self._only.tokens[start:stop]
-        pieces = [
-            part.tokens[max(start - part.first, 0) : stop - part.first] for part in self._within(start, stop)
-        ]
-        return np.concatenate(pieces) if pieces else self._parts[0].tokens[:0]
-
-    def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Positions in the split, sorted int64, of the documents that begin within [start, stop)."""
-        if self._only is not None:
-            return _starts_between(self._only.starts, start, stop)
-        pieces = [
-            _starts_between(part.starts, start - part.first, stop - part.first) + part.first
-            for part in self._within(start, stop)
-        ]
-        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
-
-    def documents(self, tokens: int = 4 << 20) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The stream in runs of whole documents, of about `tokens` tokens each: (tokens, lengths of the documents)."""
-        for part in self._parts:
-            done = 0
-            while done < len(part.starts) - 1:
-                first = int(part.starts[done])
-                stop = max(int(np.searchsorted(part.starts, first + tokens, "right")) - 1, done + 1)
-                starts = part.starts[done : stop + 1]
-                yield part.tokens[first : int(starts[-1])], np.diff(starts)
-                done = stop
-
-    def _within(self, start: int, stop: int) -> tuple[_Part, ...]:
-        low = int(np.searchsorted(self._firsts, start, "right")) - 1
-        high = int(np.searchsorted(self._firsts, stop, "left"))
-        return self._parts[max(low, 0) : high]
+    conversations: dict[str, int] | None = (
+        None  # of a store with masks: longest row, rows left out and shortened
+    )
 
 
 class TokenStore:
@@ -157,24 +100,32 @@ class TokenStore:
         )
 
     def _stream(self, entries: Sequence[dict[str, Any]], name: str) -> TokenSplit:
-        parts: list[_Part] = []
+        parts: list[Part] = []
         first = 0
         for entry in entries:
             tokens = _map(self.path / entry["bin"], self.manifest.dtype)
             # Stored as uint64 and read as int64: a search with int64 keys then converts nothing.
-            parts.append(_Part(tokens, _map(self.path / entry["idx"], "<i8"), first))
+            mask = _map(self.path / entry["mask"], "u1") if "mask" in entry else None
+            parts.append(Part(tokens, _map(self.path / entry["idx"], "<i8"), first, mask))
             first += len(tokens)
-        return TokenSplit(parts, self.manifest.eos_id, name)
+        return TokenSplit(parts, self.manifest.eos_id, name, self.manifest.pad_id)
 
 
 class StoreWriter:
     """Writes a store's files; a document that would take a part past `part_bytes` begins a new one.
 
     streams: names of the sources of a mix; each is written as a split of its own, called stream_key(its number).
+    masked: beside its tokens each part has a file that says which of them are targets.
     """
 
     def __init__(
-        self, path: Path, vocab_size: int, part_bytes: int = PART_BYTES, streams: Sequence[str] = ()
+        self,
+        path: Path,
+        vocab_size: int,
+        part_bytes: int = PART_BYTES,
+        streams: Sequence[str] = (),
+        *,
+        masked: bool = False,
     ) -> None:
         self.path = path
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
@@ -182,7 +133,7 @@ class StoreWriter:
         self._files: dict[str, dict[str, Any]] = {}
         self._streams = tuple(streams)
         train = [stream_key(number) for number in range(len(streams))] or ["train"]
-        self._splits = {name: _SplitWriter(name) for name in (*train, "val")}
+        self._splits = {name: _SplitWriter(name, masked) for name in (*train, "val")}
         self.vocab_size = vocab_size
 
     def __enter__(self) -> Self:
@@ -192,12 +143,22 @@ class StoreWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for split in self._splits.values():
-            if split.file is not None:
-                split.file.close()
+            split.close()
 
-    def append(self, name: str, tokens: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
-        """Append documents to the split `name`: tokens end to end, tokens of each, their bytes of text."""
+    def append(
+        self,
+        name: str,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        text_bytes: int,
+        mask: np.ndarray | None = None,
+    ) -> None:
+        """Append documents to the split `name`: tokens end to end, tokens of each, their bytes of text.
+
+        mask: [tokens] bool, which of them are targets; given when the store has masks, and only then.
+        """
         split = self._splits[name]
+        assert (mask is not None) == split.masked
         split.text_bytes += text_bytes
         ends = np.cumsum(lengths, dtype=np.int64)
         done = 0
@@ -207,7 +168,9 @@ class StoreWriter:
             # A document never spans two parts; a part takes at least one.
             stop = max(int(np.searchsorted(ends, base + room, "right")), done + (split.tokens == 0))
             if stop > done:
-                self._write(split, tokens[base : int(ends[stop - 1])], lengths[done:stop])
+                own = slice(base, int(ends[stop - 1]))
+                part_mask = None if mask is None else mask[own].astype(np.uint8)
+                self._write(split, tokens[own], lengths[done:stop], part_mask)
             if stop < len(lengths):
                 self._finish_part(split)
             done = stop
@@ -239,7 +202,10 @@ class StoreWriter:
             ],
             **facts,
         )
-        atomic_write(self.path / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
+        content = asdict(manifest)
+        if manifest.conversations is None:
+            del content["conversations"]
+        atomic_write(self.path / MANIFEST, json.dumps(content, indent=1) + "\n")
         return manifest
 
     def splits(self) -> list[str]:
@@ -252,51 +218,73 @@ class StoreWriter:
         finished: int = sum(part["documents"] for part in split.parts)
         return finished + sum(map(len, split.lengths))
 
-    def _write(self, split: _SplitWriter, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        if split.file is None:
-            split.file = open(self.path / split.part_name("bin"), "wb")  # noqa: SIM115 - closed with the part
-            split.digest = xxhash.xxh3_128()
+    def _write(
+        self, split: _SplitWriter, tokens: np.ndarray, lengths: np.ndarray, mask: np.ndarray | None
+    ) -> None:
+        if not split.files:
+            split.open(self.path)
         payload = np.ascontiguousarray(tokens, dtype=self.dtype).data.cast("B")
-        split.file.write(payload)
-        split.digest.update(payload)  # what should be on the disk, not what a failing disk made of it
+        split.files["bin"].write(payload)
+        if mask is not None:
+            split.files["mask"].write(mask.data.cast("B"))
+            split.trained += int(np.count_nonzero(mask))
         split.tokens += len(tokens)
         split.lengths.append(lengths.astype(np.int64))
 
     def _finish_part(self, split: _SplitWriter) -> None:
-        if split.file is None:
+        if not split.files:
             return
-        split.file.close()
-        name = split.part_name("bin")
-        self._files[name] = {"bytes": split.tokens * self.dtype.itemsize, "hash": split.digest.hexdigest()}
+        split.close()
+        entry = {suffix: split.part_name(suffix) for suffix in split.files}
+        for suffix, file in split.files.items():
+            self._files[entry[suffix]] = {"bytes": file.size, "hash": file.digest.hexdigest()}
         lengths = np.concatenate(split.lengths)
         starts = np.zeros(len(lengths) + 1, dtype="<u8")
         np.cumsum(lengths, out=starts[1:], dtype="<u8")
         self._whole_file(split.part_name("idx"), starts.tobytes())
-        entry = {
-            "bin": name,
-            "idx": split.part_name("idx"),
-            "tokens": split.tokens,
-            "documents": len(lengths),
-        }
-        split.parts.append(entry)
-        split.file, split.tokens, split.lengths = None, 0, []
+        facts = {"idx": split.part_name("idx"), "tokens": split.tokens, "documents": len(lengths)}
+        split.parts.append({**entry, **facts})
+        split.files, split.tokens, split.lengths = {}, 0, []
 
     def _whole_file(self, name: str, data: bytes) -> None:
         (self.path / name).write_bytes(data)
         self._files[name] = {"bytes": len(data), "hash": xxhash.xxh3_128_hexdigest(data)}
 
 
+class _PartFile:
+    """A file of the open part, hashed as it is written: what should be on the disk, not what a failing disk made of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.file: BinaryIO = open(path, "wb")  # noqa: SIM115 - closed with the part
+        self.digest = xxhash.xxh3_128()
+        self.size = 0
+
+    def write(self, payload: memoryview) -> None:
+        self.file.write(payload)
+        self.digest.update(payload)
+        self.size += len(payload)
+
+
 class _SplitWriter:
     """One split while it is written: the open part and the finished ones."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, masked: bool) -> None:
         self.name = name
-        self.file: BinaryIO | None = None
-        self.digest = xxhash.xxh3_128()
+        self.masked = masked
+        self.files: dict[str, _PartFile] = {}  # of the open part, by suffix
         self.tokens = 0  # of the open part
         self.lengths: list[np.ndarray] = []  # of the open part's documents
         self.parts: list[dict[str, Any]] = []
         self.text_bytes = 0
+        self.trained = 0  # tokens that are targets
+
+    def open(self, folder: Path) -> None:
+        for suffix in ("bin", "mask") if self.masked else ("bin",):
+            self.files[suffix] = _PartFile(folder / self.part_name(suffix))
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.file.close()
 
     def part_name(self, suffix: str) -> str:
         return f"{self.name}-{len(self.parts):05d}.{suffix}"
@@ -306,6 +294,7 @@ class _SplitWriter:
             "tokens": sum(part["tokens"] for part in self.parts),
             "documents": sum(part["documents"] for part in self.parts),
             "text_bytes": self.text_bytes,
+            **({"trained": self.trained} if self.masked else {}),
             "parts": self.parts,
         }
 
@@ -325,14 +314,8 @@ def _joined(streams: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The summary of the training split that the streams are, end to end."""
     if len(streams) == 1:
         return streams[0]
-    counted = {key: sum(stream[key] for stream in streams) for key in ("tokens", "documents", "text_bytes")}
+    counted = {key: sum(stream[key] for stream in streams) for key in streams[0] if key != "parts"}
     return {**counted, "parts": [part for stream in streams for part in stream["parts"]]}
-
-
-def _starts_between(starts: np.ndarray, start: int, stop: int) -> np.ndarray:
-    # The last offset is the part's end, not a document's start.
-    low, high = starts[:-1].searchsorted((start, stop))
-    return starts[low:high]
 
 
 def _check_files(path: Path, files: dict[str, dict[str, Any]], verify: bool) -> None:

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from trainway.config.schema import DataConfig
 from trainway.data.dedup import Deduplicator
 from trainway.data.quarantine import open_quarantine
-from trainway.data.records import FieldNames, Kind, Located, read_records
-from trainway.data.rows import BadRecord, BadRow, file_kind
+from trainway.data.records import FieldNames, Kind, Located, bad_row, read_records
+from trainway.data.rows import BadRecord, BadRow, MalformedError, file_kind
 from trainway.data.sources import find_sources
 from trainway.errors import DataError
 
 Progress = Callable[[str, int, int], None]
 """Called with (label, bytes done, bytes in all)."""
 REPORT_BYTES = 4 << 20
+ENCODED_AT_ONCE = 64
 
 
 @dataclass
@@ -45,6 +47,8 @@ def validate(
     kind: Kind = "auto",
     names: FieldNames | None = None,
     quarantine: Path | None = None,
+    tokenizer: Path | None = None,
+    max_length: int | None = None,
     dedup: bool = False,
     force: bool = False,
     on_bad: Callable[[BadRecord], None] = lambda bad: None,
@@ -53,14 +57,18 @@ def validate(
     """Check every row of files, directories and patterns; `on_bad` is given each bad one as it is met.
 
     kind: the shape that rows must have; auto takes any, mixed in one file. quarantine: a file for the bad rows.
-    Raises DataError for a file that is missing, empty, corrupt or holds no rows.
+    tokenizer: rows are rendered and encoded as fine-tuning does it (config.chat_template or the tokenizer's own), and
+    what the template refuses or drops is bad too; so is a row that cannot be made to fit max_length tokens.
+    Raises DataError for a file that is missing, empty, corrupt or holds no rows, ConfigError for a template that cannot
+    be had.
     """
     config = config or DataConfig()
     paths = find_rows(patterns, config)
     result = Validation(files=len(paths), bytes=sum(path.stat().st_size for path in paths))
     seen = Deduplicator() if dedup else None
     with open_quarantine(quarantine, paths, force=force) as aside:
-        for row in read_all(paths, config, names, kind, progress=progress, label="validating"):
+        rows = read_all(paths, config, names, kind, progress=progress, label="validating")
+        for row in _encoded(rows, tokenizer, config, max_length) if tokenizer else rows:
             result.rows += 1
             if isinstance(row, BadRow):
                 aside.add(row)
@@ -79,6 +87,27 @@ def validate(
         result.bad = aside.count
     result.duplicates = seen.duplicates if seen else None
     return result
+
+
+def _encoded(
+    rows: Iterator[Located | BadRow], tokenizer: Path, config: DataConfig, max_length: int | None
+) -> Iterator[Located | BadRow]:
+    """The rows, in their order, with those that cannot be encoded turned into bad ones."""
+    from trainway.data.chat import UNLIMITED, ChatEncoder, Refused
+    from trainway.data.tokenizer import load_tokenizer
+
+    encoder = ChatEncoder(load_tokenizer(tokenizer), config, max_length or UNLIMITED)
+    while batch := list(islice(rows, ENCODED_AT_ONCE)):
+        results = iter(encoder([row.record for row in batch if isinstance(row, Located)]))
+        for row in batch:
+            found = next(results) if isinstance(row, Located) else None
+            if isinstance(row, Located) and isinstance(found, Refused):
+                reason = found.why if found.reason == "malformed" else f"{found.reason}: {found.why}"
+                yield bad_row(
+                    row.record.row, row.source, row.line, row.raw, MalformedError(found.field, reason)
+                )
+            else:
+                yield row
 
 
 def find_rows(patterns: Sequence[str], config: DataConfig) -> list[Path]:

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from trainway.checkpoint.adapter import saved_pieces
 from trainway.checkpoint.optimizer_state import optimizer_slots
 from trainway.checkpoint.pieces import Part, Piece
 from trainway.checkpoint.snapshot import Snapshot
@@ -65,7 +66,9 @@ class FSDPLearner(SingleLearner):
         shards = self._mesh["shard"]
         replica = self._mesh.get_local_rank("replicate") if self._mesh.ndim > 1 else 0
         part = Part(shards.get_local_rank(), shards.size()) if replica == 0 else None
-        return Snapshot(self.pieces, optimizer_slots(self.optimizers, self.pieces), part)
+        return Snapshot(
+            saved_pieces(self.model, self.pieces), optimizer_slots(self.optimizers, self.pieces), part
+        )
 
     def _exchange(self, sync: bool) -> AbstractContextManager[Any]:
         # Gradients are scattered after every micro-batch: kept whole until the last, they would need the memory of the
@@ -87,7 +90,7 @@ class FSDPLearner(SingleLearner):
             assert len(rows) == min(chunk, parameter.shape[0] - start), (
                 f"{name} is not cut as torch.chunk does"
             )
-            pieces[name] = Piece(rows, tuple(parameter.shape), start)
+            pieces[name] = Piece.rows(rows, tuple(parameter.shape), start)
         return pieces
 
     def _spread(self) -> Spread:
@@ -129,7 +132,7 @@ def shard(
         _give_freed_memory_back()
     lower = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     offload: OffloadPolicy = OffloadPolicy()
-    if engine.cpu_offload:
+    if engine.cpu_offload == "all":
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainway.checkpoint.adapter import saved_pieces
 from trainway.checkpoint.optimizer_state import optimizer_slots, read_optimizer
 from trainway.checkpoint.pieces import WHOLE, Piece
 from trainway.checkpoint.snapshot import MODEL_DIR, Snapshot
@@ -71,7 +72,9 @@ class SingleLearner:
 
     def snapshot(self) -> Snapshot:
         part = WHOLE if self.world.is_main else None  # every rank holds the same weights
-        return Snapshot(self.pieces, optimizer_slots(self.optimizers, self.pieces), part)
+        return Snapshot(
+            saved_pieces(self.model, self.pieces), optimizer_slots(self.optimizers, self.pieces), part
+        )
 
     def read(self, directory: Path) -> None:
         load_model(self.model, directory / MODEL_DIR, self.pieces)

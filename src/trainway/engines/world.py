@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -29,6 +29,8 @@ class World:
     world_size: int
     local_world_size: int
     device: torch.device
+    closing: ExitStack = field(default_factory=ExitStack, repr=False, compare=False)
+    """What an engine wants to be done before the process group is left."""
 
     @property
     def is_main(self) -> bool:
@@ -102,8 +104,9 @@ def open_world(engine: EngineConfig, num_threads: int | None = None) -> Iterator
     torch.set_num_threads(num_threads or max(1, _physical_cores() // local_world_size))
     device = _device(local_rank)
     world = World(rank, local_rank, world_size, local_world_size, device)
-    if world_size == 1 and engine.name != "fsdp":
-        yield world
+    if world_size == 1 and engine.name not in ("fsdp", "zero2", "zero3"):
+        with world.closing:
+            yield world
         return
     alone = "RANK" not in os.environ  # no launcher keeps a store for one process
     dist.init_process_group(
@@ -115,9 +118,11 @@ def open_world(engine: EngineConfig, num_threads: int | None = None) -> Iterator
         world_size=1 if alone else -1,
     )
     try:
-        yield world
+        with world.closing:
+            yield world
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _device(local_rank: int) -> torch.device:

@@ -18,7 +18,8 @@ def main(arguments: list[str]) -> int:
     """Run torchrun with its own command line; the exit code is that of the run.
 
     A rank's documented exit code (2, 3, 4, 75) wins over those of ranks that only fell with it. When the nodes do
-    not find each other it is 4; when every rank was ended by SIGTERM, before it could save, 143.
+    not find each other it is 4; when every rank was ended by SIGTERM, before it could save, 143; when one was ended by
+    SIGKILL, 137.
     """
     _die_with_parent()
     from torch.distributed import DistNetworkError, DistStoreError
@@ -55,6 +56,8 @@ def _exit_code(codes: dict[int, int]) -> int:
             f"error: rank {rank} {how}; the same command goes on from the last checkpoint",
             file=sys.stderr,
         )
+    if -signal.SIGKILL in codes.values():
+        return 128 + signal.SIGKILL
     return ExitCode.INTERNAL
 
 

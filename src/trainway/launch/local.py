@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,16 +10,19 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 import psutil
 
 from trainway.config.load import load_config
-from trainway.config.schema import EngineConfig, RunConfig
+from trainway.config.schema import RunConfig
 from trainway.errors import ConfigError, ExitCode
+from trainway.launch.devices import gpu_environment, process_count
+from trainway.launch.killed import killed_fault
 from trainway.launch.network import communication_environment, doubtful_settings
 from trainway.launch.nodes import ALONE, Meeting, plan_meeting
+from trainway.launch.requirements import check_requirements
 from trainway.logs import stage, start_logging, warn
 
 if TYPE_CHECKING:  # the runtime import of torch waits until training really happens in this process
@@ -32,6 +34,8 @@ PrepareProgress = Callable[[str, int, int], None]
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PARENT = "TRAINWAY_PARENT"
 """Tells an agent, and its ranks, which process has started them."""
+KILLED = 128 + signal.SIGKILL
+"""Exit code of an agent one of whose ranks SIGKILL has ended."""
 SHUTDOWN_S = 600
 """Time that ranks have to save when they are asked to stop."""
 _GRACE_S = 5.0  # for an agent without ranks: there is nothing to save
@@ -54,15 +58,22 @@ def start_training(
 
     Raises:
         UserError, Stopped: as the recipe, when it runs in this process.
+        EnvironmentFault: a library is missing, or a rank was killed, most likely because memory ran out.
     """
     config = load_config(source, overrides).config
     if not under_launcher():
+        check_requirements(config)
         count = process_count(config.engine)
+        chosen = gpu_environment(config.engine)
         meeting = plan_meeting(torchrun_args, count, config.engine)
         if count > 1 or meeting.nodes > 1 or torchrun_args:
             start_logging(config.log.level, is_main=True)
             again = ["train", str(source), *overrides, "--resume", str(resume)]
-            return run_processes(count, again + ["--allow-changes"] * allow_changes, torchrun_args, meeting)
+            again += ["--allow-changes"] * allow_changes
+            code = run_processes(count, again, torchrun_args, meeting, chosen)
+            if code == KILLED:
+                raise killed_fault(config, count * meeting.nodes)
+            return code
     train_here(config, resume=resume, allow_changes=allow_changes, progress=progress)
     return 0
 
@@ -75,34 +86,25 @@ def train_here(
     progress: PrepareProgress | None = None,
 ) -> RunResult:
     """Train in this process, which is the whole run or one rank of it."""
-    from trainway.recipes.pretrain import pretrain
-
+    if config.engine.gpus:
+        os.environ.update(gpu_environment(config.engine))  # before torch looks for devices
     if spans_nodes() and PARENT not in os.environ:  # our own launching command has seen to it
         start_logging(config.log.level, is_main=os.environ["RANK"] == "0")
         os.environ.update(_shown(communication_environment()))
     match config.recipe:
         case "pretrain":
+            from trainway.recipes.pretrain import pretrain
+
             return pretrain(config, resume=resume, allow_changes=allow_changes, progress=progress)
+        case "sft":
+            from trainway.recipes.sft import sft
+
+            return sft(config, resume=resume, allow_changes=allow_changes, progress=progress)
 
 
 def under_launcher(environ: Mapping[str, str] = os.environ) -> bool:
     """True in a process that torchrun (or another launcher with its variables) has started."""
     return all(name in environ for name in _TORCHRUN_VARIABLES)
-
-
-def process_count(engine: EngineConfig, environ: Mapping[str, str] = os.environ) -> int:
-    """How many processes to start here: one for the single engine, else as asked for or one per visible GPU."""
-    if engine.name == "single":
-        return 1
-    if engine.nproc != "auto":
-        return engine.nproc
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return max(1, len([part for part in visible.split(",") if part.strip() not in ("", "-1")]))
-    if shutil.which("nvidia-smi") is None:
-        return 1
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
-    return max(1, sum(line.startswith("GPU ") for line in listed.stdout.splitlines()))
 
 
 def spans_nodes(environ: Mapping[str, str] = os.environ) -> bool:
@@ -116,11 +118,15 @@ def run_processes(
     arguments: Sequence[str],
     torchrun_args: Sequence[str] = (),
     meeting: Meeting = ALONE,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
     """Run `trainway <arguments>` in `nproc` processes under torchrun; returns the run's exit code.
 
     SIGINT and SIGTERM are passed on: the ranks save a checkpoint and end with exit code 75. So does a run that has
-    nothing to save yet.
+    nothing to save yet. KILLED: SIGKILL has ended a rank, and nobody here has asked for an end.
+
+    Args:
+        environment: variables for the ranks, beside those of this process.
 
     Raises:
         ConfigError: a torchrun argument contradicts ours.
@@ -139,7 +145,9 @@ def run_processes(
     ]
     command += ["-m", "trainway", *arguments]
     # A session of its own: Ctrl-C reaches the ranks once, through us, and not torchrun behind their back.
-    agent = subprocess.Popen(command, start_new_session=True, env=_agent_environment(meeting))
+    agent = subprocess.Popen(
+        command, start_new_session=True, env={**_agent_environment(meeting), **environment}
+    )
     stop = _Stop(agent)
     previous = {name: signal.signal(name, stop.on_signal) for name in STOP_SIGNALS}
     try:
@@ -173,6 +181,8 @@ class _Stop:
         """Wait for the end; 75 too when the run was asked to stop before it had anything to save."""
         code = self.agent.wait()
         unsaved = code in (128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL)
+        if self.asked and code == KILLED:
+            return ExitCode.INTERNAL
         return ExitCode.STOPPED if self.asked and unsaved else code
 
     def _ranks(self) -> list[psutil.Process]:

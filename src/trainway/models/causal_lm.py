@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainway.losses import linear_cross_entropy
+from trainway.models.attention import PACKED_ATTENTION
+from trainway.models.heads import linear_head, own_head_loss
+from trainway.models.segments import Segments
 
 
 class CausalLMLoss(nn.Module):
-    """A model and its loss as one module, so that DDP and FSDP2 see every parameter used within one forward."""
+    """A model and its loss as one module, so that DDP and FSDP2 see every parameter used within one forward.
+
+    The loss is that of the next tokens alone: of a mixture of experts it holds no auxiliary loss of the router, which
+    transformers adds only with `output_router_logits`.
+    """
 
     def __init__(self, model: PreTrainedModel, chunk_tokens: int = 1024, z_loss: float = 0.0) -> None:
         super().__init__()
@@ -25,28 +33,41 @@ class CausalLMLoss(nn.Module):
         labels: Tensor,
         position_ids: Tensor | None = None,
         boundaries: tuple[int, ...] | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
         """Sum of the targets' negative log-likelihoods, 0-d fp32; the full logits are never made.
 
         With z_loss, in training mode: that sum and the weighted z-loss, [2] fp32, for a backward pass from their sum.
 
         input_ids, labels, position_ids [B, T]; labels[b, t] is the token that position t is to predict (already
-        shifted), `IGNORE_INDEX` for none. boundaries: see `attention.use_packed_attention`; empty for whole rows.
+        shifted), `IGNORE_INDEX` for none. boundaries: see `attention.use_packed_attention`; None for whole rows, which
+        may be padded on their right. targets: int64, the flattened positions that have a label, where few do: only
+        they reach the head.
         """
-        if boundaries is None:
-            rows, length = input_ids.shape
-            boundaries = tuple(range(0, rows * length + 1, length))
-        hidden = self.hidden(input_ids, position_ids, boundaries)  # [B, T, H]
+        hidden = self.hidden(input_ids, position_ids, boundaries).flatten(0, 1)  # [B * T, H]
+        labels = labels.flatten()
+        if targets is not None:
+            hidden, labels = hidden.index_select(0, targets), labels.index_select(0, targets)
         z_loss = self.z_loss if self.training else 0.0
+        linear = linear_head(self.model)
+        if linear is None:
+            return own_head_loss(self.model, hidden, labels, self.chunk_tokens, z_loss)
+        head, form = linear
         return linear_cross_entropy(
-            hidden.flatten(0, 1), self.head, labels.flatten(), self.chunk_tokens, z_loss
+            hidden, head.weight, labels, self.chunk_tokens, z_loss, bias=head.bias, form=form
         )
 
-    def hidden(self, input_ids: Tensor, position_ids: Tensor | None, boundaries: tuple[int, ...]) -> Tensor:
+    def hidden(
+        self, input_ids: Tensor, position_ids: Tensor | None, boundaries: tuple[int, ...] | None
+    ) -> Tensor:
         """The body's normalised last hidden states, [B, T, H]."""
         body = self.model.get_submodule(self.model.base_model_prefix)
-        output = body(input_ids=input_ids, position_ids=position_ids, boundaries=boundaries, use_cache=False)
-        return output.last_hidden_state
+        inputs = {"position_ids": position_ids, "use_cache": False}
+        known = signature(body.forward).parameters
+        inputs = {name: value for name, value in inputs.items() if name in known}
+        inputs |= self._segments(input_ids, position_ids, boundaries)
+        hidden: Tensor = body(input_ids=input_ids, **inputs).last_hidden_state
+        return hidden
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `generate`, as a method that engines can prepare the weights for."""
@@ -56,3 +77,26 @@ class CausalLMLoss(nn.Module):
     def head(self) -> Tensor:
         """Weights of the output head, [V, H]; the input embedding itself where the two are tied."""
         return self.model.get_output_embeddings().weight
+
+    def _segments(
+        self, input_ids: Tensor, position_ids: Tensor | None, boundaries: tuple[int, ...] | None
+    ) -> dict[str, Any]:
+        """What tells the attention in use where documents end, beside position_ids that start anew with each."""
+        attention = self.model.config._attn_implementation
+        if attention == PACKED_ATTENTION:
+            if boundaries is None:
+                rows, length = input_ids.shape
+                boundaries = tuple(range(0, rows * length + 1, length))
+            return {"boundaries": boundaries}
+        if boundaries is None:
+            return {}
+        assert position_ids is not None, "transformers knows documents by positions that start anew"
+        if attention != "flash_attention_2":
+            return {}
+        segments = Segments(boundaries)
+        return {
+            "cu_seq_lens_q": segments.cu_seqlens,
+            "cu_seq_lens_k": segments.cu_seqlens,
+            "max_length_q": segments.longest,
+            "max_length_k": segments.longest,
+        }

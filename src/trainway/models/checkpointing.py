@@ -15,7 +15,7 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
-_KEPT = {"mm", "addmm", "bmm", "baddbmm", "_varlen_attn"}
+_KEPT = {"mm", "addmm", "bmm", "baddbmm", "_varlen_attn", "_flash_attention_forward"}
 
 
 def checkpoint_activations(blocks: Iterable[nn.Module], policy: Literal["selective", "full"]) -> None:

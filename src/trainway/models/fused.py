@@ -1,4 +1,4 @@
-"""Fused elementwise parts of Llama and Qwen3 blocks for CPUs, where passes over memory cost a fifth of a step."""
+"""Fused elementwise parts of Llama-like blocks for CPUs, where passes over memory cost a fifth of a step."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from trainway.models.attention import Segments, attend_segments
+from trainway.models.segments import Segments, attend_segments
 
 
 def fuse_blocks(model: PreTrainedModel) -> None:
-    """Replaces the forward of the norms, the feed-forward layers and the attentions of `model`; weights stay as they are.
+    """Replaces the forward of the norms, the feed-forward layers and the attentions of `model` that are known to compute
+    the same; weights, adapters on them and every other module stay as they are.
 
     A fused forward runs only while training in fp32 on a CPU, uncompiled; in every other case transformers' own runs.
     """
     for module in model.modules():
-        fused = _FUSED.get(type(module).__name__.removeprefix("Llama").removeprefix("Qwen3"))
+        fused = _fused_forward(module)
         if fused is not None:
             module.forward = MethodType(fused, module)
 
@@ -51,13 +52,17 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, rstd = ctx.saved_tensors
         width = x.shape[-1]
         product = (grad * x).reshape(-1, width)  # [N, H]; its two weighted sums are matrix-vector products
-        d_weight = rstd.view(1, -1).mm(product).view(-1)
-        slope = product.mv(weight).view(rstd.shape).mul_(rstd.pow(3)).div_(width)
-        d_x = (grad * weight).mul_(rstd).addcmul_(x, slope, value=-1.0)
+        d_x = d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = rstd.view(1, -1).mm(product).view(-1).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            weight = weight.to(x.dtype)  # a frozen one may be bf16
+            slope = product.mv(weight).view(rstd.shape).mul_(rstd.pow(3)).div_(width)
+            d_x = (grad * weight).mul_(rstd).addcmul_(x, slope, value=-1.0)
         return d_x, d_weight, None
 
 
@@ -134,8 +139,20 @@ def _attention_forward(
     if hasattr(module, "q_norm"):
         q, k = module.q_norm(q), module.k_norm(k)
     q, k = (rotary(x.transpose(1, 2), *position_embeddings) for x in (q, k))
-    out = attend_segments(q, k, v.transpose(1, 2), boundaries, module.scaling)  # [B, T, heads, D]
+    v = v.transpose(1, 2)
+    out = attend_segments(q, k, v, boundaries, module.scaling, _window(module))  # [B, T, heads, D]
     return module.o_proj(out.flatten(2)), None
+
+
+def _window(module: Any) -> int | None:
+    """The sliding window that transformers' own forward hands on."""
+    match type(module).__name__:
+        case "LlamaAttention" | "GraniteAttention":
+            return None
+        case "MistralAttention" | "MixtralAttention":
+            return getattr(module.config, "sliding_window", None)
+        case _:
+            return module.sliding_window
 
 
 def _fusible(x: Tensor) -> bool:
@@ -148,8 +165,42 @@ def _fusible(x: Tensor) -> bool:
     )
 
 
-_FUSED: dict[str, Callable[..., Any]] = {
+def _fused_forward(module: Any) -> Callable[..., Any] | None:
+    package, _, name = type(module).__module__.rpartition(".")
+    family = package.removeprefix("transformers.models.")
+    if family not in _FUSED or name != f"modeling_{family}":
+        return None
+    prefix, parts = _FUSED[family]
+    part = type(module).__name__.removeprefix(prefix)
+    if part not in parts:
+        return None
+    if part == "MLP" and type(module.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+        return None
+    if part == "Attention" and module.attention_dropout:
+        return None
+    return _FORWARDS[part]
+
+
+_FORWARDS: dict[str, Callable[..., Any]] = {
     "RMSNorm": _norm_forward,
     "MLP": _mlp_forward,
     "Attention": _attention_forward,
 }
+
+_ALL = frozenset(_FORWARDS)
+_FUSED: dict[str, tuple[str, frozenset[str]]] = {
+    "deepseek_v3": ("DeepseekV3", _ALL - {"Attention"}),
+    "gpt_oss": ("GptOss", frozenset({"RMSNorm"})),
+    "granite": ("Granite", _ALL),
+    "llama": ("Llama", _ALL),
+    "mistral": ("Mistral", _ALL),
+    "mixtral": ("Mixtral", _ALL - {"MLP"}),
+    "olmo2": ("Olmo2", _ALL - {"Attention"}),
+    "phi3": ("Phi3", frozenset({"RMSNorm"})),
+    "qwen2": ("Qwen2", _ALL),
+    "qwen3": ("Qwen3", _ALL),
+    "qwen3_moe": ("Qwen3Moe", _ALL),
+    "smollm3": ("SmolLM3", _ALL - {"Attention"}),
+}
+"""What is fused of each family of transformers' models: the classes' common prefix, and the parts that tests hold equal
+to transformers' own."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from accelerate import init_empty_weights
+from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -14,6 +18,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from trainway.checkpoint.pieces import Piece
+from trainway.checkpoint.weights import model_pieces
 from trainway.config.schema import ModelConfig
 from trainway.errors import ConfigError
 from trainway.models.attention import use_packed_attention
@@ -61,57 +67,85 @@ def build_model(
     eos_id: int | None = None,
     pad_id: int | None = None,
 ) -> PreTrainedModel:
-    """A new fp32 model with the weights that `materialize` makes.
+    """A new fp32 model with the weights that `NewWeights` makes.
 
     On "meta" nothing is allocated: for counting, or to be sharded first. Raises ConfigError for impossible shapes.
     """
     config = transformer_config(model, vocab_size, bos_id, eos_id, pad_id)
-    with torch.device("meta"):  # spares the weights that transformers would draw from the global generator
+    with init_empty_weights():  # buffers are real: no checkpoint restores them
         built = _CLASSES[model.architecture][1](config).float()
+    built.tie_weights()  # the context above has cut the ties
     use_packed_attention(built)
     fuse_blocks(built)
     if torch.device(device).type != "meta":
-        materialize(built, built, model, seed=seed, device=device)
+        allocate(built, built, device=device)
+        NewWeights(model, seed)(model_pieces(built).items())
     return built
 
 
-@torch.no_grad()
-def materialize(
+class InitialWeights(Protocol):
+    """The weights that a model begins with: the same under every engine, whatever each rank holds of them."""
+
+    def __call__(self, pieces: Iterable[tuple[str, Piece]]) -> None:
+        """Fill every parameter of the model, by name and in the order of `named_parameters`, or its piece.
+
+        The pieces are taken one at a time: an iterator may make room for one and put it away before the next.
+        """
+
+
+@dataclass(frozen=True)
+class NewWeights:
+    """Random weights, a function of `seed` and `model` alone.
+
+    Matrices are normal(0, init_std); those that write to the residual stream are scaled by 1 / sqrt(2 num_layers)
+    (Radford et al. 2019, GPT-2, section 2.3); norms are 1. Whoever fills pieces holds at most one whole matrix.
+    """
+
+    model: ModelConfig
+    seed: int
+
+    @torch.no_grad()
+    def __call__(self, pieces: Iterable[tuple[str, Piece]]) -> None:
+        generator = torch.Generator().manual_seed(self.seed)  # on the CPU: the same weights on every device
+        residual_std = self.model.init_std / (2 * self.model.num_layers) ** 0.5
+        for name, piece in pieces:
+            if len(piece.shape) < 2:
+                piece.tensor.fill_(1.0)
+                continue
+            std = (
+                residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else self.model.init_std
+            )
+            values = torch.empty(piece.shape).normal_(0.0, std, generator=generator)
+            piece.copy_from(values)
+
+
+def allocate(
     root: nn.Module,
     built: PreTrainedModel,
-    model: ModelConfig,
     *,
-    seed: int,
     device: torch.device | str,
     weights_device: torch.device | str | None = None,
 ) -> None:
-    """Give a model on the meta device, somewhere in `root`, its weights: a function of `seed` and `model` alone.
+    """Give the parameters of a model that are on the meta device, somewhere in `root`, room.
 
-    Matrices are normal(0, init_std); those that write to the residual stream are scaled by 1 / sqrt(2 num_layers)
-    (Radford et al. 2019, GPT-2, section 2.3); norms are 1. Of a sharded model each rank keeps its own rows, and none
-    holds more than one whole matrix at a time. `weights_device`: where weights lie, if not on `device`.
+    Others keep their values, and so do buffers. `weights_device`: where weights lie, if not on `device`.
     """
-    # 1) to_empty 2) the rotary table, a buffer that no checkpoint restores 3) ties, which to_empty cuts 4) weights
+    # 1) what has values aside 2) to_empty, which would clear them too 3) back again 4) ties, which to_empty cuts
+    buffers = [(owner, name, buffer) for owner in root.modules() for name, buffer in owner._buffers.items()]
+    real = [
+        (owner, name, parameter)
+        for owner in root.modules()
+        for name, parameter in owner._parameters.items()
+        if parameter is not None and not parameter.is_meta
+    ]
+    for owner, name, _ in real:
+        owner._parameters[name] = None
     root.to_empty(device=weights_device or device)
-    body = built.get_submodule(built.base_model_prefix)
-    body.rotary_emb = type(body.rotary_emb)(config=built.config).to(device)
+    for owner, name, parameter in real:
+        owner._parameters[name] = parameter
+    for owner, name, buffer in buffers:
+        owner._buffers[name] = buffer if buffer is None else buffer.to(device)
     built.tie_weights()
-    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same weights on every device
-    residual_std = model.init_std / (2 * model.num_layers) ** 0.5
-    for name, parameter in built.named_parameters():
-        if parameter.ndim < 2:
-            parameter.fill_(1.0)
-            continue
-        std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else model.init_std
-        _fill(parameter, torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
-
-
-def _fill(parameter: Tensor, values: Tensor) -> None:
-    if isinstance(parameter, DTensor):
-        # every rank has drawn the same values: each takes its rows, and nothing is sent
-        mesh, placements = parameter.device_mesh, parameter.placements
-        values = distribute_tensor(values.to(mesh.device_type), mesh, placements, src_data_rank=None)
-    parameter.copy_(values)
 
 
 def _check_shapes(model: ModelConfig) -> None:

@@ -8,7 +8,15 @@ from typing import Any
 
 from trainway.config.schema import EngineConfig, RunConfig, ScheduleConfig
 from trainway.errors import ConfigError
-from trainway.planning.arithmetic import count_parameters, flops_per_token, memory_bytes, padded_vocab_size
+from trainway.planning.arithmetic import (
+    MemoryEstimate,
+    count_parameters,
+    flops_per_token,
+    memory_bytes,
+    padded_vocab_size,
+)
+from trainway.planning.published import published_shape
+from trainway.planning.shapes import ModelShape, new_shape, shape_in
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ def resolve_geometry(config: RunConfig, world_size: int, rows_per_epoch: int | N
             total_steps = max(1, round(epochs * rows_per_epoch / global_batch))
         elif total_steps is not None:
             epochs = total_steps * global_batch / rows_per_epoch
-    if total_steps is not None and config.schedule.warmup_steps >= total_steps:
+    if total_steps is not None and warmup_steps(config.schedule, total_steps) >= total_steps:
         raise ConfigError(
             f"schedule.warmup_steps is {config.schedule.warmup_steps}",
             f"the run has only {total_steps} steps of {global_batch} rows",
@@ -75,6 +83,13 @@ def resolve_geometry(config: RunConfig, world_size: int, rows_per_epoch: int | N
     )
 
 
+def warmup_steps(schedule: ScheduleConfig, total_steps: int) -> int:
+    """Steps of warm-up: as given, or warmup_ratio of the run to the nearest whole step."""
+    if schedule.warmup_ratio is None:
+        return schedule.warmup_steps
+    return min(round(schedule.warmup_ratio * total_steps), total_steps - 1)
+
+
 def decay_steps(schedule: ScheduleConfig, total_steps: int) -> int:
     """Steps over which wsd decays: the last decay_ratio of the run to the nearest whole step, at least 1."""
     return max(1, round(schedule.decay_ratio * total_steps))
@@ -82,7 +97,7 @@ def decay_steps(schedule: ScheduleConfig, total_steps: int) -> int:
 
 def decay_overlap(schedule: ScheduleConfig, total_steps: int) -> ConfigError | None:
     """What is wrong when wsd would begin to decay before it has warmed up; None when nothing is."""
-    falling, warming = decay_steps(schedule, total_steps), schedule.warmup_steps
+    falling, warming = decay_steps(schedule, total_steps), warmup_steps(schedule, total_steps)
     if schedule.name != "wsd" or warming + falling <= total_steps:
         return None
     cures = [f"schedule.warmup_steps={min(total_steps // 10, total_steps - falling)}"]
@@ -97,10 +112,11 @@ def decay_overlap(schedule: ScheduleConfig, total_steps: int) -> ConfigError | N
 
 
 def shard_count(engine: EngineConfig, world_size: int) -> int | None:
-    """Ranks over which fsdp cuts a model's states; None under another engine."""
-    if engine.name != "fsdp":
+    """Ranks over which fsdp, zero2 or zero3 cuts a model's states; None under another engine."""
+    if engine.name not in ("fsdp", "zero2", "zero3"):
         return None
-    return engine.shard_ranks or world_size if engine.sharding == "hybrid" else world_size
+    hybrid = engine.name == "fsdp" and engine.sharding == "hybrid"
+    return engine.shard_ranks or world_size if hybrid else world_size
 
 
 def planned_ranks(config: RunConfig) -> int:
@@ -110,9 +126,45 @@ def planned_ranks(config: RunConfig) -> int:
 
 def planned_vocab_size(config: RunConfig) -> int | None:
     """Rows of the embedding as far as the configuration decides them; None when a tokenizer has to be read first."""
+    if config.model.path is not None:
+        return None
     if config.model.vocab_size is not None:
         return config.model.vocab_size
     return None if config.tokenizer.path is not None else padded_vocab_size(config.tokenizer.vocab_size)
+
+
+def planned_shape(config: RunConfig, vocab_size: int | None = None) -> ModelShape | None:
+    """The shape of the run's model as far as it is known without a download: a new model's, that of a local directory
+    or of a model in `planning.published`; else None. `vocab_size`: rows of a new model's embedding, if known.
+
+    Raises:
+        DataError: the directory's config.json is malformed.
+    """
+    if config.model.path is not None:
+        return shape_in(config.model.path) or published_shape(config.model.path)
+    vocab = vocab_size or planned_vocab_size(config)
+    return None if vocab is None else new_shape(config.model, vocab)
+
+
+def plan_memory(
+    config: RunConfig, shape: ModelShape, geometry: Geometry, *, half_precision: bool | None = None
+) -> MemoryEstimate:
+    """Bytes of one rank. `half_precision`: empty follows train.precision, `auto` counting as bf16."""
+    engine = config.engine
+    return memory_bytes(
+        shape,
+        micro_batch_size=geometry.micro_batch_size,
+        seq_len=geometry.seq_len,
+        loss_chunk_tokens=config.train.loss_chunk_tokens,
+        optimizer=config.optim.name,
+        checkpointing=config.train.activation_checkpointing,
+        half_precision=config.train.precision != "fp32" if half_precision is None else half_precision,
+        shards=shard_count(engine, geometry.world_size),
+        engine=engine.name if engine.name in ("zero2", "zero3") else "fsdp",
+        cpu_offload=engine.cpu_offload,
+        lora=config.lora,
+        eager_attention=config.model.attention == "eager",
+    )
 
 
 def describe_plan(
@@ -125,15 +177,15 @@ def describe_plan(
 ) -> dict[str, Any]:
     """What a run takes, as plain JSON values: geometry, parameters, FLOPs per token, bytes of one rank.
 
-    `vocab_size`: rows of the embedding; empty takes `planned_vocab_size`, and where that is unknown too, everything
-    that depends on it is None. `half_precision`: empty follows train.precision, `auto` counting as bf16. Raises
+    `vocab_size`: rows of a new model's embedding; empty takes `planned_vocab_size`. Where the model's shape is not
+    known (see `planned_shape`), everything that depends on it is None. `half_precision`: as in `plan_memory`. Raises
     ConfigError as `resolve_geometry` does.
     """
     geometry = resolve_geometry(config, world_size, rows_per_epoch)
-    vocab = vocab_size or planned_vocab_size(config)
+    shape = planned_shape(config, vocab_size)
     plan: dict[str, Any] = {
         "geometry": asdict(geometry),
-        "vocab_size": vocab,
+        "vocab_size": shape.vocab_size if shape else vocab_size or planned_vocab_size(config),
         "parameters": None,
         "flops_per_token": None,
         "memory_bytes": None,
@@ -141,22 +193,16 @@ def describe_plan(
         if geometry.total_steps is None
         else geometry.total_steps * geometry.tokens_per_step,
     }
-    if vocab is None:
+    if shape is None:
         return plan
-    counts = count_parameters(config.model, vocab)
-    memory = memory_bytes(
-        config.model,
-        vocab,
-        micro_batch_size=geometry.micro_batch_size,
-        seq_len=geometry.seq_len,
-        loss_chunk_tokens=config.train.loss_chunk_tokens,
-        optimizer=config.optim.name,
-        checkpointing=config.train.activation_checkpointing,
-        shards=shard_count(config.engine, geometry.world_size),
-        half_precision=config.train.precision != "fp32" if half_precision is None else half_precision,
-    )
+    counts = count_parameters(shape, lora=config.lora)
+    memory = plan_memory(config, shape, geometry, half_precision=half_precision)
     plan["parameters"] = {"total": counts.total, "embedding": counts.embedding}
-    plan["flops_per_token"] = flops_per_token(config.model, vocab, geometry.seq_len)
+    if counts.active != counts.total:
+        plan["parameters"]["active"] = counts.active
+    if config.lora.enabled:
+        plan["parameters"]["trainable"] = counts.trainable
+    plan["flops_per_token"] = flops_per_token(shape, context=geometry.seq_len, lora=config.lora)
     plan["memory_bytes"] = {**asdict(memory), "total": memory.total}
     return plan
 

@@ -9,19 +9,19 @@ from typing import Any
 
 import yaml
 
-from trainway.config.schema import DataConfig, RunConfig, TokenizerConfig, TrainConfig
+from trainway.config.schema import RunConfig, TokenizerConfig, TrainConfig
 from trainway.data.loader import validation_batches
 from trainway.data.prepare import prepare
 from trainway.data.store import TokenStore
 from trainway.engines import choose_precision
 from trainway.engines.world import open_world
 from trainway.errors import ConfigError
-from trainway.models.attention import use_packed_attention
+from trainway.models.attention_choice import use_attention
 from trainway.models.causal_lm import CausalLMLoss
 from trainway.release.bundle import model_directory
 from trainway.release.generate import load_causal_lm
 from trainway.run_dir import RunDir
-from trainway.training.evaluate import continue_prompts, evaluate_batches
+from trainway.training.evaluate import chat_prompt, continue_prompts, evaluate_batches, text_prompt
 
 
 def evaluate(
@@ -31,6 +31,7 @@ def evaluate(
     prompts: Sequence[str] = (),
     max_tokens: int | None = None,
     seq_len: int | None = None,
+    answers: bool = False,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
 ) -> dict[str, Any]:
@@ -41,6 +42,8 @@ def evaluate(
         prompts: continued and returned under "samples".
         max_tokens: read at most this many tokens; None reads all.
         seq_len: tokens in a row; None means as trained, or 512 for a model without a run.
+        answers: `data` holds conversations of which the answers count, and prompts are a user's turns; a run of the
+            recipe sft knows that itself.
 
     Raises:
         ConfigError: no model there, or neither data nor a run whose validation split could be used.
@@ -48,18 +51,20 @@ def evaluate(
     """
     directory = model_directory(target)
     model, tokenizer = load_causal_lm(directory)
-    use_packed_attention(model)
     config = _run_config(target)
-    seq_len = seq_len or (config.train.seq_len if config else min(512, model.config.max_position_embeddings))
-    base = config or RunConfig()
+    base = config or RunConfig(recipe="sft" if answers else "pretrain")
+    longest = getattr(model.config, "max_position_embeddings", 2**31)
+    seq_len = seq_len or (config.train.seq_len if config else min(512, longest))
     with tempfile.TemporaryDirectory() as scratch, open_world(base.engine) as world:
-        store = _store(target, config, directory, data, scratch)
+        store = _store(target, config, base, directory, data, scratch, seq_len)
+        packing = base.data.packing
+        use_attention(model, base.model.attention, packed=packing != "none", device=world.device)
         model.to(world.device)
         batches = validation_batches(
             store.split("val"),
             seq_len=seq_len,
             micro_batch_size=base.train.micro_batch_size,
-            packing=base.data.packing,
+            packing=packing,
             max_tokens=max_tokens,
             rank=world.rank,
             world_size=world.world_size,
@@ -68,10 +73,11 @@ def evaluate(
         precision = choose_precision(base.train.precision, world.device)
         result: dict[str, Any] = evaluate_batches(module, batches, store.token_bytes, world, precision)
         if prompts:
+            as_prompt = chat_prompt if base.recipe == "sft" else text_prompt
             samples = continue_prompts(
                 module,
                 tokenizer,
-                prompts,
+                [as_prompt(tokenizer, prompt) for prompt in prompts],
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 seed=base.seed,
@@ -86,10 +92,17 @@ def _run_config(target: str | Path) -> RunConfig | None:
 
 
 def _store(
-    target: str | Path, config: RunConfig | None, directory: Path, data: Sequence[str], scratch: str
+    target: str | Path,
+    config: RunConfig | None,
+    base: RunConfig,
+    directory: Path,
+    data: Sequence[str],
+    scratch: str,
+    seq_len: int,
 ) -> TokenStore:
     if not data and config is not None:
-        return TokenStore.open(prepare(config).store_dir, verify=False)  # prepare verifies
+        prepared = prepare(config, tokenizer_dir=directory if config.model.path else None)
+        return TokenStore.open(prepared.store_dir, verify=False)  # prepare verifies
     if not data:
         raise ConfigError(
             f"there is nothing to evaluate {target} on",
@@ -98,8 +111,9 @@ def _store(
         )
     sources = tuple(data)
     given = RunConfig(
-        data=DataConfig(train=sources, validation=sources, store_dir=scratch),
+        recipe=base.recipe,
+        data=base.data.model_copy(update={"train": sources, "validation": sources, "store_dir": scratch}),
         tokenizer=TokenizerConfig(path=str(directory)),
-        train=TrainConfig(total_steps=1),
+        train=TrainConfig(total_steps=1, seq_len=seq_len),
     )
     return TokenStore.open(prepare(given).store_dir, verify=False)

@@ -1,26 +1,37 @@
-"""A run's checkpoint → a directory that plain transformers loads."""
+"""A run's checkpoint → a directory that plain transformers loads, or plain peft where it is an adapter."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import yaml
+from transformers import AutoTokenizer
+
+from trainway.checkpoint.adapter import ADAPTER_CONFIG, is_adapter
 from trainway.checkpoint.snapshot import MODEL_DIR
 from trainway.checkpoint.store import CheckpointStore
-from trainway.checkpoint.weights import assemble, is_in_pieces
+from trainway.checkpoint.weights import assemble, is_in_pieces, write_model
+from trainway.config.schema import RunConfig
 from trainway.errors import ConfigError
 from trainway.files import atomic_directory
 from trainway.run_dir import RunDir
 
+if TYPE_CHECKING:
+    from trainway.models.base import BaseModel
 
-def export(run: str | Path, out: str | Path, *, which: str | int = "best") -> Path:
+
+def export(run: str | Path, out: str | Path, *, which: str | int = "best", merge: bool = False) -> Path:
     """Copy the model and tokenizer of a verified checkpoint into the new directory `out`.
 
     Args:
         which: `best`, `latest`, or a step.
+        merge: write one plain model, the adapter of the run merged into its base, instead of the adapter.
 
     Raises:
-        ConfigError: no run or no such checkpoint there (the message lists those that exist), or `out` exists.
+        ConfigError: no run or no such checkpoint there (the message lists those that exist), `out` exists, or there is
+            nothing to merge.
         DataError: the checkpoint is damaged.
     """
     run_dir, out = RunDir(Path(run)), Path(out)
@@ -35,12 +46,17 @@ def export(run: str | Path, out: str | Path, *, which: str | int = "best") -> Pa
             f"{out} exists already", "an export never overwrites", "choose another --out, or remove it first"
         )
     source = CheckpointStore(run_dir.checkpoints, keep_last=1).resolve(which) / MODEL_DIR
+    if merge:
+        return _export_merged(source, out, RunDir(Path(run)))
+    from trainway.models.published import publish_names  # transformers takes its time
+
     in_pieces = is_in_pieces(source)
     with atomic_directory(out) as partial:
         weights = shutil.ignore_patterns("*.safetensors") if in_pieces else None
         shutil.copytree(source, partial, dirs_exist_ok=True, ignore=weights)
         if in_pieces:
             assemble(source, partial)
+        publish_names(partial)
     return out
 
 
@@ -51,10 +67,9 @@ def model_directory(target: str | Path) -> Path:
         ConfigError: none of these is there.
     """
     target = Path(target)
-    if (target / "config.json").exists():
-        return target
-    if (target / MODEL_DIR / "config.json").exists():
-        return target / MODEL_DIR
+    for directory in (target, target / MODEL_DIR):
+        if any((directory / name).exists() for name in ("config.json", ADAPTER_CONFIG)):
+            return directory
     if RunDir(target).checkpoints.is_dir():
         checkpoints = CheckpointStore(RunDir(target).checkpoints, keep_last=1)
         which = "best" if (checkpoints.directory / "best").exists() else "latest"
@@ -64,3 +79,36 @@ def model_directory(target: str | Path) -> Path:
         "it is neither a run directory, nor a checkpoint, nor a directory with a config.json",
         "`trainway runs` lists the runs",
     )
+
+
+def adapter_base(directory: Path) -> BaseModel:
+    """The base of the adapter in `directory`, which may be part of a run: its settings say where imports are kept.
+
+    Raises:
+        ConfigError, DataError, EnvironmentFault: the base was not found, or is damaged.
+    """
+    from trainway.models.merge import find_adapter_base  # peft takes its time
+
+    run = directory.resolve().parents[2:3]  # run/checkpoints/step-N/model
+    found = RunDir(run[0]).config if run and directory.name == MODEL_DIR else None
+    settings = yaml.safe_load(found.read_text()) if found is not None and found.exists() else {}
+    config = RunConfig.model_validate(settings)
+    cache, trusted = Path(config.data.store_dir), config.model.trust_remote_code
+    return find_adapter_base(directory, cache=cache, trust_remote_code=trusted)
+
+
+def _export_merged(source: Path, out: Path, run: RunDir) -> Path:
+    from trainway.models.merge import load_adapted, merge_adapters
+    from trainway.models.published import publish_names
+
+    if not is_adapter(source):
+        raise ConfigError(
+            f"{run.path} has no adapter to merge", "it trained the whole model", "leave --merge out"
+        )
+    base = adapter_base(source)
+    model = load_adapted(source, base, base.dtype)
+    merge_adapters(model)
+    with atomic_directory(out) as partial:
+        write_model(model, partial, AutoTokenizer.from_pretrained(source, local_files_only=True))
+        publish_names(partial)
+    return out

@@ -14,10 +14,11 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from trainway.checkpoint.adapter import is_adapter
 from trainway.checkpoint.weights import is_in_pieces, load_model
 from trainway.models.causal_lm import CausalLMLoss
-from trainway.release.bundle import model_directory
-from trainway.training.evaluate import continue_prompts
+from trainway.release.bundle import adapter_base, model_directory
+from trainway.training.evaluate import continue_prompts, text_prompt
 
 
 def generate_text(
@@ -34,7 +35,7 @@ def generate_text(
     samples = continue_prompts(
         CausalLMLoss(loaded),
         tokenizer,
-        [prompt],
+        [text_prompt(tokenizer, prompt)],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
@@ -45,10 +46,20 @@ def generate_text(
 def load_causal_lm(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The fp32 model and the tokenizer of a local model directory, loaded by plain transformers; one in pieces by us.
 
+    An adapter comes with its base, which its configuration names.
+
     Raises:
+        ConfigError: the base of an adapter was not found.
         DataError: a piece is missing or damaged.
     """
     disable_progress_bar()  # a local file is read in a moment
+    if is_adapter(directory):
+        from trainway.models.merge import load_adapted  # peft takes its time
+
+        base = adapter_base(directory)
+        home = directory if (directory / "tokenizer_config.json").exists() else base.directory
+        tokenizer = AutoTokenizer.from_pretrained(home, local_files_only=True)
+        return load_adapted(directory, base, torch.float32), tokenizer
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     if not is_in_pieces(directory):
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainway.data.loader import Batch
+from trainway.data.batch import Batch
+from trainway.data.store import TokenSplit
 from trainway.engines.precision import Precision, autocast
 from trainway.engines.world import World
 from trainway.losses import IGNORE_INDEX
+from trainway.models.attention_choice import plain_attention
 from trainway.models.causal_lm import CausalLMLoss
 
 
@@ -39,7 +42,7 @@ def evaluate_batches(
         text_bytes += int(lengths[targets].sum())
         batch = batch.to(world.device)
         with autocast(precision, world.device):
-            loss = module(batch.input_ids, batch.labels, batch.position_ids, batch.boundaries)
+            loss = module(batch.input_ids, batch.labels, batch.position_ids, batch.boundaries, batch.targets)
         nats += loss.item()  # device→host sync
     module.train(was_training)
     nats, all_tokens, all_bytes = world.sum(nats, tokens, text_bytes)
@@ -56,13 +59,13 @@ def evaluate_batches(
 def continue_prompts(
     module: CausalLMLoss,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Iterable[str],
+    prompts: Iterable[Prompt],
     *,
     max_new_tokens: int,
     temperature: float,
     seed: int,
 ) -> Iterator[dict[str, str]]:
-    """Yield `{"prompt", "text"}` for each prompt; the same seed gives the same text.
+    """Yield `{"prompt", "text"}` for each prompt, and its "reference" if it has one; the same seed gives the same text.
 
     On a sharded model every rank must read all of them, and reads the same.
     """
@@ -75,11 +78,11 @@ def continue_prompts(
     ):
         torch.manual_seed(seed)
         for prompt in prompts:
-            ids = prompt_ids(tokenizer, prompt).to(device)
+            ids = torch.tensor([prompt.ids], device=device)  # [1, T]
             sampling: dict[str, Any] = {"do_sample": False}
             if temperature > 0:
                 sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-            room = model.config.max_position_embeddings - ids.shape[1]
+            room = getattr(model.config, "max_position_embeddings", 2**31) - ids.shape[1]
             output = module.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -87,28 +90,69 @@ def continue_prompts(
                 pad_token_id=tokenizer.pad_token_id
                 if tokenizer.pad_token_id is not None
                 else tokenizer.eos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=_ends(model, tokenizer),
                 **sampling,
             )
-            yield {
-                "prompt": prompt,
-                "text": tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True),
-            }
+            text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+            reference = {} if prompt.reference is None else {"reference": prompt.reference}
+            yield {"prompt": prompt.text, "text": text, **reference}
     module.train(was_training)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
-    """Token ids of a prompt as a document starts: the start token, if the tokenizer has one, then the text.  # [1, T]"""
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+@dataclass(frozen=True)
+class Prompt:
+    """What a sample continues."""
+
+    text: str
+    """As a person reads it."""
+    ids: tuple[int, ...]
+    reference: str | None = None
+    """What the data says there."""
+
+
+def text_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
+    """A prompt as a document starts: the start token, if the tokenizer has one, then the text."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    return torch.tensor([start + ids or [tokenizer.eos_token_id]])
+    return Prompt(text, tuple(start + ids or [tokenizer.eos_token_id]))
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
+    """A prompt as a user's turn, to be answered; without a chat template, as `text_prompt`."""
+    if not tokenizer.chat_template:
+        return text_prompt(tokenizer, text)
+    turns = [{"role": "user", "content": text}]
+    rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return Prompt(text, tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"]))
+
+
+def answered_prompts(split: TokenSplit, tokenizer: PreTrainedTokenizerBase) -> Iterator[Prompt]:
+    """Of each conversation of a prepared split: all before its last answer, to be answered, and that answer."""
+    starts = [int(start) for start in split.document_starts(0, split.num_tokens)]
+    for start, end in zip(starts, [*starts[1:], split.num_tokens], strict=True):
+        tokens, trained = split.tokens(start, end), split.mask(start, end)
+        last = int(np.flatnonzero(trained)[-1]) + 1
+        untrained = np.flatnonzero(trained[:last] == 0)
+        first = int(untrained[-1]) + 1 if len(untrained) else 0
+        if first == 0:
+            continue  # a text: there is no question
+        prompt, answer = tokens[:first].tolist(), tokens[first:last].tolist()
+        text = tokenizer.decode(prompt, skip_special_tokens=True)
+        yield Prompt(text, tuple(prompt), tokenizer.decode(answer, skip_special_tokens=True))
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens after which there is nothing more to say: the tokenizer's, and those that the model names."""
+    named = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = named if isinstance(named, list) else [named]
+    return sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
 
 
 @contextmanager
 def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
     # Generation decodes against a cache; packed attention is for whole rows.
     before = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(plain_attention(model))
     try:
         yield
     finally:

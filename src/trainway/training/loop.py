@@ -43,6 +43,8 @@ class Work:
     evaluate: Callable[[int], float]
     """Validate after this step, log, and return the validation loss."""
     saver: Saver
+    check_first_step: Callable[[], None]
+    """Look at what the run's first step has left, before it costs more."""
 
 
 def fit(work: Work, state: TrainState) -> TrainState:
@@ -64,8 +66,8 @@ def fit(work: Work, state: TrainState) -> TrainState:
             for batch in batches:
                 # One collective tells every rank the divisor of the loss, whether any rank must stop, and how far a
                 # save under way is.
-                targets, stopping, written, failed = world.sum(
-                    batch.num_targets, work.stop.requested, *saver.progress()
+                targets, tokens, stopping, written, failed = world.sum(
+                    batch.num_targets, batch.num_tokens, work.stop.requested, *saver.progress()
                 )
                 saver.advance(written, failed)
                 if stopping:
@@ -81,6 +83,8 @@ def fit(work: Work, state: TrainState) -> TrainState:
                 accept = _judge(guard, step, loss)
                 saver.before_update()
                 norm = work.learner.step(factor, config.train.max_grad_norm, accept)
+                if step == 1 and not guard.skipped:
+                    work.check_first_step()
 
                 metrics = {
                     "samples": batch.sample_hash,
@@ -89,7 +93,7 @@ def fit(work: Work, state: TrainState) -> TrainState:
                     "optim/grad_norm": norm,
                     "optim/lr": config.optim.lr * factor,
                     "train/tokens": state.tokens_seen + int(targets),
-                    **work.meter.step(),
+                    **work.meter.step(tokens),
                 }
                 work.trackers.log(step, metrics)
                 progress.step(step, metrics, (total - step) * work.meter.seconds_per_step)
@@ -129,7 +133,9 @@ def _accumulate(work: Work, batch: StepBatch, targets: float) -> list[float]:
         _log_batch(work.config, batch, i)
         micro = micro.to(work.world.device)
         with work.learner.micro_step(sync=i == last):
-            losses = work.learner.module(micro.input_ids, micro.labels, micro.position_ids, micro.boundaries)
+            losses = work.learner.module(
+                micro.input_ids, micro.labels, micro.position_ids, micro.boundaries, micro.targets
+            )
             work.learner.backward(losses.sum(), scale=1 / targets)
         total = losses.detach() if total is None else total + losses.detach()
     assert total is not None
@@ -168,8 +174,8 @@ def _log_batch(config: RunConfig, batch: StepBatch, index: int) -> None:
         return
     micro = batch.micro_batches[index]
     rows, length = micro.input_ids.shape
-    documents = len(micro.boundaries) - 1
-    stage("COLLATE", f"{rows} rows of {length} tokens, {documents} segments", level=logging.DEBUG)
+    segments = rows if micro.boundaries is None else len(micro.boundaries) - 1
+    stage("COLLATE", f"{rows} rows of {length} tokens, {segments} segments", level=logging.DEBUG)
     where = f"step {batch.step} micro-batch {index + 1}/{len(batch.micro_batches)}"
     stage("BATCH", f"{where}: {micro.num_targets} targets", level=logging.DEBUG)
 

@@ -25,7 +25,8 @@ from trainway.engines.world import World
 from trainway.errors import ConfigError, DataError, Stopped
 from trainway.files import atomic_write
 from trainway.logs import log_to_file, stage, warn
-from trainway.planning.arithmetic import count_parameters, padded_vocab_size
+from trainway.models.base import BaseModel
+from trainway.models.census import Census
 from trainway.planning.geometry import Geometry, resolve_geometry
 from trainway.provenance import collect_provenance, config_hash
 from trainway.run_dir import RunDir
@@ -57,7 +58,8 @@ class Session:
     prepared: PreparedData
     data_hash: str
     tokenizer: PreTrainedTokenizerBase
-    vocab_size: int
+    base: BaseModel | None
+    """The model that the run starts from; None for a new one."""
     geometry: Geometry
     resume: Resume
     allow_changes: bool
@@ -69,7 +71,13 @@ class Session:
 
 
 def begin_session(
-    config: RunConfig, world: World, run: RunDir, prepared: PreparedData, resume: Resume, allow_changes: bool
+    config: RunConfig,
+    world: World,
+    run: RunDir,
+    prepared: PreparedData,
+    base: BaseModel | None,
+    resume: Resume,
+    allow_changes: bool,
 ) -> Session:
     """Settle everything that the run needs; rank 0, which holds the lock, checks and describes its directory.
 
@@ -87,7 +95,7 @@ def begin_session(
         prepared=prepared,
         data_hash=prepared.store_dir.name,
         tokenizer=tokenizer,
-        vocab_size=config.model.vocab_size or padded_vocab_size(len(tokenizer)),
+        base=base,
         geometry=resolve_geometry(config, world.world_size, prepared.rows_per_epoch(config.train.seq_len)),
         resume=resume,
         allow_changes=allow_changes,
@@ -121,6 +129,7 @@ def starting_state(session: Session, learner: Learner) -> TrainState:
             config_hash=config_hash(session.config.model_dump(mode="json")),
             data_hash=session.data_hash,
             tokenizer_hash=session.store.manifest.tokenizer_hash,
+            base_hash=session.base.identity if session.base else "",
         )
     state = TrainState.from_json((path / STATE_FILE).read_text(), str(path / STATE_FILE))
     if not session.allow_changes:
@@ -168,7 +177,7 @@ def recorded_end(session: Session) -> Iterator[None]:
         raise
 
 
-def finish(session: Session, state: TrainState, save_stall_s: float) -> RunResult:
+def finish(session: Session, state: TrainState, save_stall_s: float, census: Census) -> RunResult:
     """Write report.json and the final status. `save_stall_s`: for which this launch waited for its saves."""
     world, run, seconds = session.world, session.run, state.elapsed_s
     report = {
@@ -179,7 +188,8 @@ def finish(session: Session, state: TrainState, save_stall_s: float) -> RunResul
         "tokens": state.tokens_seen,
         "seconds": seconds,
         "tokens_per_s": state.tokens_seen / seconds if seconds else 0.0,
-        "parameters": count_parameters(session.config.model, session.vocab_size).total,
+        "parameters": census.total,
+        "trainable_parameters": census.trainable,
         "val_loss": state.last_val_loss,
         "best_val_loss": state.best_val_loss,
         "best_step": state.best_step,
@@ -246,11 +256,13 @@ def _refuse_other_data(session: Session, state: TrainState, path: Path) -> None:
         changed.append("the tokenizer")
     if state.data_hash != session.data_hash:
         changed.append("the training data")
+    if state.base_hash != (session.base.identity if session.base else ""):
+        changed.append("the model it starts from")
     if changed:
         raise DataError(
-            f"{path} was trained with other data: {' and '.join(changed)} changed",
-            "going on would repeat or leave out documents without a word",
-            "restore the data, choose another run_dir, or say --allow-changes",
+            f"{path} was trained with something else: {' and '.join(changed)} changed",
+            "going on would not be the same training",
+            "restore it, choose another run_dir, or say --allow-changes",
         )
     rows = state.samples_seen // max(state.step, 1)
     if rows != session.geometry.global_batch_size:

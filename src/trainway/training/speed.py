@@ -15,27 +15,23 @@ from trainway.planning.arithmetic import peak_flops as data_sheet_flops
 class SpeedMeter:
     """Times optimiser steps over a short window, so that one slow step does not hide the usual speed."""
 
-    def __init__(
-        self, tokens_per_step: int, flops_per_token: float, peak_flops: float, device: torch.device
-    ) -> None:
-        self._tokens, self._flops, self._peak, self._device = (
-            tokens_per_step,
-            flops_per_token,
-            peak_flops,
-            device,
-        )
+    def __init__(self, flops_per_token: float, peak_flops: float, device: torch.device) -> None:
+        self._flops, self._peak, self._device = flops_per_token, peak_flops, device
         self._seconds: deque[float] = deque(maxlen=20)
+        self._tokens: deque[float] = deque(maxlen=20)
         self._last = time.perf_counter()
 
     def restart(self) -> None:
         """Leave out what happened since the last step (an evaluation, a save)."""
         self._last = time.perf_counter()
 
-    def step(self) -> dict[str, float]:
+    def step(self, tokens: float) -> dict[str, float]:
+        """The figures after a step of so many tokens, padding not counted, over all ranks."""
         now = time.perf_counter()
         self._seconds.append(now - self._last)
+        self._tokens.append(tokens)
         self._last = now
-        tokens_per_s = self._tokens / self.seconds_per_step
+        tokens_per_s = sum(self._tokens) / sum(self._seconds)
         metrics = {"perf/step_s": self._seconds[-1], "perf/tokens_per_s": tokens_per_s}
         if self._peak:
             metrics["perf/mfu"] = tokens_per_s * self._flops / self._peak

@@ -14,6 +14,7 @@ import typer
 from trainway.cli import app as program
 from trainway.cli.app import main
 from trainway.cli.arguments import parse_count, parse_resume, parse_which, split_arguments
+from trainway.config.load import ENVIRONMENT
 from trainway.errors import ConfigError, DataError, EnvironmentFault, Stopped
 
 Capture = pytest.CaptureFixture[str]
@@ -21,7 +22,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RUN_CONFIG", "RUN_EXPERIMENT", "TRAINWAY_RUNS_DIR", "TRAINWAY_STORE_DIR"):
+    for name in ("RUN_CONFIG", *ENVIRONMENT):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -95,6 +96,31 @@ def test_config_show(capsys: Capture) -> None:
     assert answer["plan"]["geometry"]["global_batch_size"] == 128
 
 
+def test_a_plan_of_tuning_before_the_model_is_there(capsys: Capture, tmp_path: Path) -> None:
+    assert main(["config", "check", "gpt-oss-20b-lora"]) == 0
+    assert capsys.readouterr().out == (
+        "ok: preset gpt_oss_20b_lora, 20,914,757,184 parameters, 15,040,512 of them trained (0.072 %)\n"
+    )
+    assert main(["config", "check", "lora_default", "--model", "org/unheard-of"]) == 0
+    assert capsys.readouterr().out == "ok: preset lora_default, as many parameters as org/unheard-of has\n"
+    assert main(["train", "lora_default", "--model", "org/unheard-of", "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory_bytes"] is None
+    # a local directory's config.json says it all
+    shape = {"model_type": "qwen2", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96}
+    shape |= {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    assert main(["config", "show", "lora_default", "--model", str(tmp_path), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert plan["parameters"]["trainable"] == 2 * 16 * (2 * (64 + 64) + 2 * (64 + 32))
+    assert main(["train", "lora_default", "--model", str(tmp_path), "--num_gpus", "2", "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["geometry"]["global_batch_size"] == 32
+
+
 def test_config_schema(capsys: Capture) -> None:
     assert main(["config", "schema"]) == 0
     assert "optim" in json.loads(capsys.readouterr().out)["properties"]
@@ -102,11 +128,11 @@ def test_config_schema(capsys: Capture) -> None:
 
 def test_a_config_error_is_three_lines_and_code_2(tmp_path: Path) -> None:
     file = tmp_path / "my.yaml"
-    file.write_text("train:\n  total_steps: 10\n  sequence_len: 5\n")
+    file.write_text("train:\n  total_steps: 10\n  seq_leng: 5\n")
     done = run("config", "check", str(file))
     assert (done.returncode, done.stdout) == (2, "")
     error, why, fix = done.stderr.splitlines()
-    assert error == f"error: {file}:3: there is no setting 'train.sequence_len'"
+    assert error == f"error: {file}:3: there is no setting 'train.seq_leng'"
     assert why.startswith("why: train has total_steps, epochs, seq_len")
     assert fix == "fix: did you mean train.seq_len?"
     shown = run("config", "check", str(file), "--debug").stderr
@@ -217,6 +243,34 @@ def test_train_sorts_its_words(capsys: Capture, monkeypatch: pytest.MonkeyPatch)
     assert "16 is not divisible by 16 rows x 3 ranks" in capsys.readouterr().err
     assert main(["train", "cpu_small", "--resume", "soon"]) == 2
     assert len(started) == 2
+
+
+def test_the_flags_of_the_reference_launcher(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    # R30
+    words = ["train", "gpt_oss_20b_lora", "--num_gpus", "2", "--include_gpus", "0,1", "--no_push_to_hub"]
+    assert main([*words, "--no_evaluation", "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["geometry"]["global_batch_size"] == 32
+    assert main(["train", "gpt_oss_20b_lora", "--include_gpus=0,1,2,3", "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["geometry"]["world_size"] == 4
+    assert main(["train", "gpt_oss_20b_lora", "--include_gpus=0,1", "--num_gpus=4"]) == 2
+    assert "engine.gpus names 2 (0, 1), for 4 processes" in capsys.readouterr().err
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr("trainway.launch.local.check_requirements", lambda config: None)
+    assert main(["train", "gpt_oss_20b_lora", "--include_gpus=0,5"]) == 2
+    assert "engine.gpus names 5\nwhy: CUDA_VISIBLE_DEVICES shows 0, 1 alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["--hf_token", "TOKEN"], ["--hf-token=TOKEN"], ["--run-name", "TOKEN"], ["TOKEN"]]
+)
+def test_a_token_on_the_command_line_is_nowhere_repeated(words: list[str]) -> None:
+    # R30 and the table of threats
+    token = "hf_" + "Zq7" * 12
+    done = run("train", "lora_default", *(word.replace("TOKEN", token) for word in words), "--debug")
+    assert done.returncode == 2
+    assert "is a secret, not a setting" in done.stderr
+    assert "hf auth login" in done.stderr
+    assert token not in done.stdout + done.stderr
 
 
 def test_words_with_a_meaning() -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from trainway.config.aliases import ALIASES, BARE, OBSOLETE, SECRETS, SECTION_VALUES, SWITCHES
 from trainway.config.load import load_config
-from trainway.config.names import ALIASES, field_table
+from trainway.config.names import field_table
 from trainway.config.schema import RunConfig
 from trainway.errors import ConfigError
 
@@ -203,6 +204,10 @@ def test_every_alias_leads_to_a_setting_and_hides_none() -> None:
     for alias, key in ALIASES.items():
         assert key.removesuffix(".0").removesuffix(".1") in field_table(), alias
         assert alias not in leaves, alias
+    assert set(SWITCHES) <= set(ALIASES)
+    assert {*SECTION_VALUES.values(), *BARE.values()} <= set(field_table())
+    assert set(BARE) <= leaves
+    assert not (set(OBSOLETE) | SECRETS) & (set(ALIASES) | leaves)
 
 
 def test_other_tools_lengths_of_a_run() -> None:
@@ -247,8 +252,9 @@ def test_one_beta_keeps_the_other_of_the_layers_below() -> None:
 
 def test_obsolete_names_say_what_to_use() -> None:
     assert "eval.every" in refused({**STEPS, "evaluation_strategy": "steps"}).why
-    assert "HF_TOKEN" in refused(STEPS, ["--hub_token=secret"]).why
-    assert "secret" not in str(refused(STEPS, ["--hub_token=secret"]))
+    assert "--resume" in refused(STEPS, ["--resume_from_checkpoint", "out/checkpoint-5"]).why
+    # the answer, not that a value is missing
+    assert "HF_HUB_OFFLINE" in refused(STEPS, ["--local-files-only"]).why
 
 
 @pytest.mark.parametrize(

@@ -97,3 +97,108 @@ def test_a_presets_own_settings_may_become_pointless() -> None:
 def test_one_process_is_not_two() -> None:
     assert "one process" in refused(STEPS, ["engine=single", "nproc=2"]).why
     assert load(STEPS, ["engine=single", "nproc=1"]).engine.nproc == 1
+
+
+SFT = {"recipe": "sft", "model": {"path": "org/model"}, "train": {"epochs": 1}}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_sft_starts_from_a_model() -> None:
+    error = refused({"recipe": "sft", "train": {"epochs": 1}})
+    assert error.what == "settings: recipe sft has no model to start from"
+    assert load(SFT).model.path == "org/model"
+
+
+def test_a_model_brings_its_own_lengths() -> None:
+    assert load(SFT, ["seq_len=8192"]).train.seq_len == 8192
+    assert load({**SFT, "recipe": "pretrain"}).model.path == "org/model"
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["hidden_size=512"], "model.path is set: the shape is that of the model"),
+        (["model.max_seq_len=4096"], "model.path is set: the shape is that of the model"),
+        (["tie_embeddings=false"], "model.path is set: the shape is that of the model"),
+        (["tokenizer.vocab_size=500"], "a tokenizer comes along, so no tokenizer is trained"),
+        (["special_tokens=<|a|>"], "a tokenizer comes along, so no tokenizer is trained"),
+        (["model.path=/models/a", "revision=main"], "model.path is a directory, which has no revisions"),
+        (["lora=false", "lora.r=8"], "lora.enabled is false"),
+        (["recipe=pretrain", "chat_template=chatml"], "it reads documents, not conversations"),
+        (["recipe=pretrain", "train_on=all"], "it reads documents, not conversations"),
+        (["recipe=pretrain", "over_length=drop"], "it reads documents, not conversations"),
+        (["ds_config=a.json"], "this is for DeepSpeed: zero2 or zero3"),
+        (["engine=fsdp", "ds_config=a.json"], "this is for DeepSpeed: zero2 or zero3"),
+        (["engine=ddp", "cpu_offload=all"], "keeps the whole model on each device"),
+        (["engine=zero3", "sharding=hybrid"], "engine.name is zero3"),
+        (["engine=zero2", "reshard_after_forward=false"], "engine.name is zero2"),
+        (["engine=fsdp", "shard_ranks=4"], "engine.sharding is full"),
+    ],
+)
+def test_a_setting_of_tuning_that_would_be_ignored_is_refused(words: list[str], reason: str) -> None:
+    error = refused(SFT, words)
+    assert "would have no effect" in error.what
+    assert reason in error.why
+
+
+@pytest.mark.parametrize("word", ["revision=main", "trust_remote_code=true", "attention=eager"])
+def test_settings_of_a_model_that_is_not_there(word: str) -> None:
+    assert "model.path is empty" in refused(STEPS, [word]).why
+
+
+@pytest.mark.parametrize(
+    ("words", "what", "fix"),
+    [
+        (["packing=concat"], "data.packing is concat", "use data.packing=documents, or none"),
+        (["recipe=pretrain", "packing=none"], "data.packing is none", "use data.packing=documents, or recipe=sft"),
+        (
+            ["lora.dropout=0.1", "target_parameters=7.mlp.experts.down_proj"],  # X10
+            "lora.dropout is 0.1",
+            "set lora.dropout=0",
+        ),
+        (["use_dora=true", "target_parameters=a.b"], "lora.use_dora is for modules", "take one of the two out"),
+        (["target_modules=[]"], "lora has no targets", "set e.g. lora.target_modules=q_proj,v_proj"),
+        (["optim=muon", "engine=zero2"], "optim.name is muon", "use engine.name=fsdp, or optim.name=adamw"),
+        (["optim=muon", "engine=zero3"], "optim.name is muon", "use engine.name=fsdp, or optim.name=adamw"),
+        (["fp16=true", "engine=zero2"], "train.precision is fp16", "use train.precision=bf16 or fp32"),
+        (["compile=true", "engine=zero3"], "train.compile is true", "use train.compile=false"),
+        (["engine=fsdp", "cpu_offload=optimizer"], "engine.cpu_offload is optimizer", "use engine.cpu_offload=all"),
+        (["engine=zero2", "cpu_offload=all"], "engine.cpu_offload is all", "use engine.cpu_offload=optimizer"),
+        (["push_to_hub=true"], "release.push_to_hub is not there yet", "take it out; after the run `trainway export"),
+        (["gpus=0,1", "nproc=4"], "engine.gpus names 2 (0, 1), for 4 processes", "name as many GPUs as processes"),
+        (["gpus=0,1,2", "nproc=2"], "engine.gpus names 3 (0, 1, 2), for 2", "name as many GPUs as processes"),
+        (["gpus=0,1", "engine=single"], "engine.gpus names 2 (0, 1), for 1 processes", "name as many GPUs"),
+        (["gpus=1,1"], "engine.gpus is 1, 1", "name each once"),
+        (["trust_remote_code=true"], "model.trust_remote_code runs code that may change tomorrow", "read the code"),
+        (["trust_remote_code=true", "revision=main"], "model.trust_remote_code runs", "read the code of one commit"),
+    ],
+)  # fmt: skip
+def test_contradictions_of_tuning(words: list[str], what: str, fix: str) -> None:
+    error = refused(SFT, words)
+    assert error.what.startswith(f"command line: {what}")
+    assert error.fix.startswith(fix)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["trust_remote_code=true", f"revision={COMMIT}"],
+        ["model.path=./model", "trust_remote_code=true"],
+        ["engine=zero3", "cpu_offload=all"],
+        ["engine=zero2", "cpu_offload=optimizer"],
+        ["engine=fsdp", "cpu_offload=all", "optim=muon"],
+        ["engine=zero3", "ds_config=a.json"],
+        ["gpus=0,3", "nproc=2"],
+        ["gpus=2"],
+        ["lora.dropout=0.1"],
+        ["target_modules=[]", "modules_to_save=lm_head"],
+        ["z_loss=1e-4", "packing=none", "train_on=completion", "over_length=error"],
+        ["tokenizer.path=other"],
+    ],
+)
+def test_what_goes_together(words: list[str]) -> None:
+    assert load(SFT, words).recipe == "sft"
+
+
+def test_lora_needs_a_model() -> None:
+    assert "a new model has nothing worth freezing" in refused(STEPS, ["lora=true"]).why

@@ -242,7 +242,7 @@ def test_what_a_shape_has_no_place_for_is_counted() -> None:
         ({"messages": [A]}, "teacher", "begins with its last answer: there is no prompt"),
         ({"messages": [U, A]}, "text", "a row of messages has no form as text"),
         ({"text": "t"}, "messages", "a row of text has no form as messages"),
-        ({"messages": [U, {"role": "assistant", "tool_calls": [1]}]}, "teacher", "empty"),
+        ({"messages": [U, {"role": "assistant", "tool_calls": [{"id": 1}]}]}, "teacher", "empty"),
     ],
 )
 def test_what_cannot_become_another_shape(row: dict[str, Any], shape: Any, message: str) -> None:

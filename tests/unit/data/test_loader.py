@@ -192,6 +192,7 @@ def test_the_same_rows_for_any_world_size(world_size: int) -> None:
 def test_resuming_at_any_step_gives_the_same_batches() -> None:
     loader = make_loader(make_split([5, 11, 3, 29, 16, 40, 7]))
     whole = list(loader.steps(1, 30, 4))
+    assert all(step.num_tokens == 32 for step in whole)
     assert [batch.step for batch in whole] == list(range(1, 30))
     for start in (1, 2, 13, 29):
         again = list(make_loader(make_split([5, 11, 3, 29, 16, 40, 7])).steps(start, 30, 2))
@@ -327,6 +328,7 @@ def test_the_last_validation_row_is_filled_with_eos() -> None:
     assert batch.labels.tolist() == [[11, 12, -100, 14, 15, 16, 17, 18], [19] + [-100] * 7]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 0, 1, 2, 3, 4, 5]]
     assert batch.boundaries == (0, 3, 8, 10, 16)
+    assert (batch.num_tokens, batch.num_targets, batch.targets) == (10, 8, None)
 
 
 def test_validation_reads_the_same_batches_for_any_world_size() -> None:

@@ -23,7 +23,7 @@ from trainway.config.schema import (
     TokenizerConfig,
     TrainConfig,
 )
-from trainway.data import inputs as inputs_module
+from trainway.data import hash_memory as memory_module
 from trainway.data import prepare as module
 from trainway.data import shards as shards_module
 from trainway.data import store as store_module
@@ -316,7 +316,7 @@ class Reads:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.names: list[str] = []
-        for place in (inputs_module, shards_module, store_module):
+        for place in (memory_module, shards_module, store_module):
             original = place.hash_file  # type: ignore[attr-defined]
 
             def counted(path: Any, original: Any = original) -> str:
@@ -333,7 +333,7 @@ class Reads:
 def test_a_plain_file_is_hashed_once_until_it_changes(
     tmp_path: Path, corpus: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs_module, "SETTLED_S", 0.0)
+    monkeypatch.setattr(memory_module, "SETTLED_S", 0.0)
     config = settings(tmp_path, bundle)
     reads = Reads(monkeypatch)
     first = prepare(config, root=tmp_path)
@@ -361,7 +361,7 @@ def test_a_file_that_may_still_change_is_not_remembered(
 def test_a_damaged_memory_of_hashes_is_ignored(
     tmp_path: Path, corpus: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs_module, "SETTLED_S", 0.0)
+    monkeypatch.setattr(memory_module, "SETTLED_S", 0.0)
     first = prepare(settings(tmp_path, bundle), root=tmp_path)
     memory = tmp_path / "cache" / ".sources" / "hashes.json"
     for damaged in ("{", "[]", json.dumps({str(corpus): 3})):
@@ -381,7 +381,7 @@ def make_shard(folder: Path) -> Path:
 def test_a_flipped_byte_in_a_shard_is_found_on_each_start(
     tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs_module, "SETTLED_S", 0.0)
+    monkeypatch.setattr(memory_module, "SETTLED_S", 0.0)
     shard = make_shard(tmp_path / "shards")
     config = settings(tmp_path, bundle, train=("shards",))
     for _ in range(2):

@@ -70,13 +70,43 @@ def test_configured_names() -> None:
     )
 
 
-def test_of_several_shapes_the_most_telling_counts() -> None:
+def test_a_row_has_one_shape() -> None:
     messages, pair = {"messages": [USER, ASSISTANT]}, {"prompt": "a", "completion": "b"}
-    assert parse_record({"text": "x", **pair, **messages}).shape == "messages"
-    assert parse_record({"text": "x", **pair}).shape == "prompt"
+    assert fault({"text": "x", **pair, **messages}) == (
+        "prompt: a second shape in one row: it has messages and prompt + completion; --kind says which counts"
+    )
+    assert fault({"text": "x", **pair}) == (
+        "text: a second shape in one row: it has prompt + completion and text; --kind says which counts"
+    )
     assert parse_record({"text": "x", "prompt": "a"}).shape == "text"
     assert parse_record({"messages": None, **pair}).shape == "prompt"
     assert parse_record({"text": "x", **pair, **messages}, kind="text").text == "x"
+
+
+def test_a_field_that_looks_misspelt() -> None:
+    for name, meant in (
+        ("mesages", "messages"), ("messgaes", "messages"), ("Messages", "messages"), ("promt", "prompt"),
+        ("completiom", "completion"), ("ouput", "output"), ("teacher_reponse", "teacher_response"),
+    ):  # fmt: skip
+        assert (
+            fault({"text": "x", name: "y"})
+            == f"{name}: looks like {meant!r}, misspelt; the row is read as text"
+        )
+    for name in (
+        "message",
+        "prompts",
+        "outputs",
+        "context",
+        "test",
+        "next",
+        "inputs",
+        "prompt_id",
+        "id",
+        "",
+        "Content",
+    ):
+        assert parse_record({"text": "x", name: "y"}).shape == "text"
+    assert parse_record({"text": "x", "mesages": None}).shape == "text"
 
 
 def test_content_in_parts_and_tool_calls() -> None:

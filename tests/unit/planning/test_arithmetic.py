@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainway.config.schema import ModelConfig
+from trainway.config.schema import LoraConfig, ModelConfig
 from trainway.models.load import build_model
 from trainway.planning.arithmetic import (
     count_parameters,
@@ -12,6 +12,8 @@ from trainway.planning.arithmetic import (
     padded_vocab_size,
     peak_flops,
 )
+from trainway.planning.published import published_shape
+from trainway.planning.shapes import ModelShape, read_shape
 
 SHAPES = [
     ModelConfig(),
@@ -111,3 +113,123 @@ def test_selective_checkpointing_keeps_what_products_gave(config):
         for policy in ("none", "selective", "full")
     )
     assert full.activations < selective.activations < none.activations
+
+
+GPT_OSS = "openai/gpt-oss-20b"
+SIZES = {"micro_batch_size": 2, "seq_len": 64, "loss_chunk_tokens": 64}
+
+
+def published(name: str) -> ModelShape:
+    shape = published_shape(name)
+    assert shape is not None
+    return shape
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        ("openai/gpt-oss-20b", 20_914_757_184, 4_187_440_704),
+        ("openai/gpt-oss-120b", 116_829_156_672, 5_711_982_912),
+        ("Qwen/Qwen2.5-3B-Instruct", 3_085_938_688, 3_085_938_688),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008, 134_515_008),
+    ],
+)
+def test_published_models_have_their_published_sizes(name, total, active):
+    counts = count_parameters(published(name))
+    assert counts.total == counts.trainable == total
+    assert counts.active == active
+
+
+def test_flops_of_a_mixture_and_of_its_windows():
+    shape = published(GPT_OSS)
+    counts = count_parameters(shape)
+    experts = 24 * 32 * (2880 * 5760 + 2880 * 2880)
+    attention = 24 * 2 * 2880 * (4096 + 512)
+    assert counts.matmul == experts * 4 // 32 + attention + 201088 * 2880
+    biases = 24 * 32 * (5760 + 2880)
+    assert counts.active == counts.total - (experts + biases) * 28 // 32
+    # published as 3.61B, which leaves the input embedding out
+    assert round((counts.active - counts.embedding) / 1e9, 2) == 3.61
+    # every other layer looks back 128 tokens
+    assert flops_per_token(shape, context=2048) == 6 * counts.matmul + 12 * 12 * 4096 * (2048 + 128)
+    assert flops_per_token(shape, context=64) == 6 * counts.matmul + 12 * 24 * 4096 * 64
+
+
+def test_frozen_weights_have_no_gradient_of_their_own():
+    shape = published("Qwen/Qwen2.5-3B-Instruct")
+    lora = LoraConfig(enabled=True, r=16)
+    adapters = 36 * 16 * (2 * 4096 + 2 * 2304)
+    attention = 12 * 36 * 2048 * 512
+    assert count_parameters(shape, lora=lora).trainable == adapters
+    assert flops_per_token(shape, context=512, lora=lora) == (
+        4 * count_parameters(shape).matmul + 6 * adapters + attention
+    )
+    off = LoraConfig(r=16)
+    assert flops_per_token(shape, context=512, lora=off) == flops_per_token(shape, context=512)
+    assert count_parameters(shape, lora=off).trainable == 3_085_938_688
+
+
+@pytest.mark.parametrize(("half", "work"), [(False, 4), (True, 2)])
+def test_adapters_are_fp32_on_a_frozen_model_in_the_type_of_the_arithmetic(half, work):
+    shape = published("Qwen/Qwen2.5-3B-Instruct")
+    lora, adapters = LoraConfig(enabled=True, r=16), 36 * 16 * (2 * 4096 + 2 * 2304)
+    memory = memory_bytes(shape, lora=lora, half_precision=half, **SIZES)
+    assert memory.weights == work * 3_085_938_688 + 4 * adapters
+    assert (memory.gradients, memory.optimizer) == (4 * adapters, 8 * adapters)
+    # the head is frozen: no gradient of its own, and in half precision already
+    assert memory.logits == 64 * 151936 * (4 + (2 if half else 0)) + 128 * 2048 * 4
+    in_blocks = 3_085_938_688 - 151936 * 2048 - 73 * 2048 - 36 * (2048 + 512)
+    quantized = memory_bytes(
+        shape, lora=lora.model_copy(update={"quantize": "4bit"}), half_precision=half, **SIZES
+    )
+    assert memory.weights - quantized.weights == work * in_blocks - in_blocks * 33 // 64
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_deepspeed_cuts_the_states_and_keeps_an_fp32_copy(half):
+    config = ModelConfig(num_layers=8)
+    total = count_parameters(config, 1024).total
+    work = 2 if half else 4
+
+    def memory(engine, **settings):
+        return memory_bytes(config, 1024, shards=4, engine=engine, half_precision=half, **settings, **SIZES)
+
+    two, three = memory("zero2"), memory("zero3")
+    assert (two.weights, two.gradients, two.optimizer) == (work * total, total, 3 * total)
+    assert (three.weights, three.gradients, three.optimizer) == (work * total // 4, total, 3 * total)
+    assert (two.host, three.host) == (0, 0)
+    optimizer = memory("zero3", cpu_offload="optimizer")
+    assert (optimizer.weights, optimizer.gradients, optimizer.optimizer) == (work * total // 4, 0, 0)
+    assert optimizer.host == 4 * total
+    everything = memory("zero3", cpu_offload="all")
+    assert (everything.weights, everything.host) == (0, 4 * total + work * total // 4)
+    assert everything.gathered == three.gathered > two.gathered
+
+
+def test_fsdp_offloads_all_states():
+    config = ModelConfig(num_layers=8)
+    total = count_parameters(config, 1024).total
+    memory = memory_bytes(config, 1024, shards=4, cpu_offload="all", **SIZES)
+    assert (memory.weights, memory.gradients, memory.optimizer, memory.host) == (0, 0, 0, 4 * total)
+    kept = memory_bytes(config, 1024, shards=4, **SIZES)
+    assert memory.total == kept.total - 4 * total
+
+
+def test_eager_attention_keeps_the_scores_of_a_row():
+    config = ModelConfig(num_layers=1)
+    plain = memory_bytes(config, 1024, **SIZES)
+    eager = memory_bytes(config, 1024, eager_attention=True, **SIZES)
+    assert eager.activations - plain.activations == 2 * 64 * 64 * 4 * (4 + 4)
+
+
+def test_a_layer_of_experts_keeps_what_each_of_a_tokens_experts_gave():
+    base = {"model_type": "mixtral", "vocab_size": 128, "hidden_size": 64, "num_attention_heads": 4}
+    base |= {
+        "num_hidden_layers": 2,
+        "intermediate_size": 96,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    }
+    mixture, dense = read_shape(base), read_shape({**base, "model_type": "mistral"})
+    more = memory_bytes(mixture, **SIZES).activations - memory_bytes(dense, **SIZES).activations
+    assert more == 128 * 2 * 4 * (2 * (4 * 96 + 2 * 64) - 4 * 96)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-from trainway.config.schema import RunConfig
+from trainway.config.schema import EngineConfig, RunConfig
 from trainway.errors import ConfigError
 from trainway.planning.geometry import (
     decay_steps,
@@ -14,6 +15,7 @@ from trainway.planning.geometry import (
     planned_ranks,
     planned_vocab_size,
     resolve_geometry,
+    shard_count,
 )
 
 
@@ -133,3 +135,55 @@ def test_the_vocabulary_as_far_as_it_is_known() -> None:
 def test_planned_ranks() -> None:
     assert planned_ranks(RunConfig()) == 1
     assert planned_ranks(RunConfig.model_validate({"engine": {"nproc": 3}})) == 3
+
+
+def sft(path: object, **settings: object) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "recipe": "sft",
+            "model": {"path": str(path)},
+            "train": {"epochs": 1, "micro_batch_size": 2},
+            **settings,
+        }
+    )
+
+
+def test_a_plan_reads_the_shape_of_a_local_model(tmp_path: Path) -> None:
+    shape = {
+        "model_type": "qwen3",
+        "vocab_size": 1024,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "head_dim": 16,
+    }
+    shape |= {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    plan = describe_plan(sft(tmp_path, lora={"enabled": True, "r": 4}), 2)
+    block = 64 * 16 * (2 * 4 + 2 * 2) + 3 * 64 * 96 + 2 * 64 + 2 * 16
+    total = 2 * block + 64 + 1024 * 64
+    trainable = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32))
+    assert plan["parameters"] == {"total": total, "embedding": 65536, "trainable": trainable}
+    assert plan["vocab_size"] == 1024
+    assert plan["memory_bytes"]["weights"] == 2 * total + 4 * trainable
+    assert json.loads(json.dumps(plan)) == plan
+
+
+def test_what_a_plan_cannot_know_without_the_model_is_none() -> None:
+    plan = describe_plan(sft("org/unheard-of"), 2)
+    assert (plan["parameters"], plan["flops_per_token"], plan["memory_bytes"]) == (None, None, None)
+    assert plan["vocab_size"] is None
+    assert plan["geometry"]["global_batch_size"] == 4
+
+
+def test_shards_of_an_engine() -> None:
+    def shards(**engine: object) -> int | None:
+        return shard_count(EngineConfig.model_validate(engine), 8)
+
+    assert [shards(name=name) for name in ("auto", "single", "ddp")] == [None, None, None]
+    assert [shards(name=name) for name in ("fsdp", "zero2", "zero3")] == [8, 8, 8]
+    assert shards(name="fsdp", sharding="hybrid", shard_ranks=4) == 4

@@ -1,0 +1,102 @@
+"""The names that the rest of the world gives to weights: a checkpoint has those of the model in memory."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
+
+from trainway.checkpoint.adapter import is_adapter
+from trainway.checkpoint.pieces import StoredTensors, disk_errors, open_tensors, write_tensors
+from trainway.checkpoint.weights import INDEX_FILE, MAX_SHARD_SIZE
+from trainway.files import read_json
+from trainway.models.base import meta_model
+from trainway.models.base_files import CONFIG, weight_names
+from trainway.models.base_import import owned_tensors, quiet_transformers
+from trainway.models.blocks import blocks
+
+
+def publish_names(directory: Path, *, max_shard_size: str = MAX_SHARD_SIZE) -> bool:
+    """Rewrite the weights of a plain model directory as their family publishes them; False if they are so already.
+
+    Some families are laid out otherwise in memory than in the files of the Hub: the experts of a mixture are one tensor
+    there, and one each here. transformers loads both; servers and older versions only the published one. In memory at a
+    time: one file's tensors and one block's. Meant for a directory that is not yet in its place.
+
+    Raises:
+        DataError: files are missing or damaged.
+        OSError: of the disk.
+    """
+    if is_adapter(directory) or read_json(directory / CONFIG).get("model_type") not in CONFIG_MAPPING:
+        return False  # a family of its own code has no other names
+    with quiet_transformers():
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    model = meta_model(config, torch.float32)
+    old = [directory / name for name in weight_names(directory)[0]]
+    with open_tensors(old) as stored:
+        held = {name: tensor for name, tensor in owned_tensors(model) if name in stored.shapes}
+        groups = _groups(model, held)
+        published = {
+            name: (tensor, key)
+            for key, names in groups.items()
+            for name, tensor in _revert(model, {one: _like(stored, one) for one in names}).items()
+        }
+        if published.keys() == held.keys():
+            return False
+        sizes = {name: tensor for name, (tensor, _) in published.items()}
+        plan = split_torch_state_dict_into_shards(
+            sizes, filename_pattern="published{suffix}.safetensors", max_shard_size=max_shard_size
+        )
+        with disk_errors():
+            for file, names in plan.filename_to_tensors.items():
+                keys = dict.fromkeys(published[name][1] for name in names)
+                tensors = _published(model, stored, [groups[key] for key in keys], set(names))
+                write_tensors(directory / file, tensors, {"format": "pt"})
+    for path in [*old, directory / INDEX_FILE]:
+        path.unlink(missing_ok=True)
+    for file in plan.filename_to_tensors:
+        (directory / file).rename(directory / file.replace("published", "model", 1))
+    if plan.is_sharded:
+        places = {
+            name: file.replace("published", "model", 1) for name, file in plan.tensor_to_filename.items()
+        }
+        index = {"metadata": plan.metadata, "weight_map": places}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return True
+
+
+def _published(
+    model: PreTrainedModel, stored: StoredTensors, groups: Iterable[list[str]], wanted: set[str]
+) -> dict[str, torch.Tensor]:
+    result: dict[str, torch.Tensor] = {}
+    for names in groups:
+        reverted = _revert(model, {name: stored.read(name) for name in names})
+        # a slice would keep the memory of all experts
+        result |= {name: tensor.clone() for name, tensor in reverted.items() if name in wanted}
+    return result
+
+
+def _groups(model: PreTrainedModel, names: Iterable[str]) -> dict[str, list[str]]:
+    """The weights of each block, and those of none: what is put together otherwise lies within one of them."""
+    layers = blocks(model)
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    found: dict[str, list[str]] = {}
+    for name in names:
+        block = re.match(rf"{re.escape(prefix)}\.\d+\.", name)
+        found.setdefault(block[0] if block else "", []).append(name)
+    return found
+
+
+def _like(stored: StoredTensors, name: str) -> torch.Tensor:
+    return torch.empty(stored.shapes[name], dtype=stored.dtype(name), device="meta")
+
+
+def _revert(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, dict(tensors)))

@@ -1,0 +1,229 @@
+"""What pretraining and fine-tuning share: a run is opened, its model built, trained, evaluated and finished."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainway.checkpoint.lock import run_lock
+from trainway.config.schema import RunConfig
+from trainway.data.loader import Batch, Loader, validation_batches
+from trainway.data.prepare import PreparedData
+from trainway.data.turns import Progress
+from trainway.engines import build_learner, choose_precision, engine_name
+from trainway.engines.base import Learner
+from trainway.engines.precision import autocast
+from trainway.engines.world import open_world
+from trainway.files import disk_faults
+from trainway.logs import stage, start_logging
+from trainway.models.base import BaseModel
+from trainway.models.causal_lm import CausalLMLoss
+from trainway.models.lora import check_gradients
+from trainway.planning.geometry import plan_memory
+from trainway.recipes.model import RunModel, build_run_model, find_run_base, run_shape
+from trainway.run_dir import RunDir
+from trainway.tracking import open_trackers
+from trainway.tracking.jsonl import cut_after
+from trainway.training.evaluate import Prompt, continue_prompts, evaluate_batches
+from trainway.training.loop import Work, fit
+from trainway.training.memory import memory_advice
+from trainway.training.runs import Resume, choose_run_dir, run_status, write_status
+from trainway.training.session import (
+    RunResult,
+    Session,
+    begin_session,
+    finish,
+    finished_before,
+    make_saver,
+    recorded_end,
+    starting_state,
+)
+from trainway.training.shutdown import StopSignal
+from trainway.training.sources import describe_sources, source_metrics
+from trainway.training.speed import SpeedMeter, peak_flops
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Where recipes differ: what they read, and what their samples continue."""
+
+    prepare: Callable[[RunConfig, BaseModel | None, Progress | None], PreparedData]
+    """Make or find the token store, before the process group exists: it may take longer than a collective may wait."""
+    prompts: Callable[[Session], Iterable[Prompt]]
+    """What samples continue: the same on every rank."""
+
+
+def train_supervised(
+    config: RunConfig,
+    recipe: Recipe,
+    *,
+    resume: Resume = "auto",
+    allow_changes: bool = False,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Train as `recipe` says, or go on with a run that was stopped or killed.
+
+    Args:
+        resume: `auto` goes on from the newest intact checkpoint, `never` begins a new run, a number resumes there.
+        allow_changes: go on although settings or data differ from those the run began with.
+        progress: told (label, bytes done, bytes in all) while model and data are prepared.
+
+    Raises:
+        UserError: the message says what to do; nothing that was saved before is lost.
+        Stopped: SIGTERM or SIGINT came; the last finished step is saved.
+    """
+    with ExitStack() as stack:
+        base = find_run_base(config, progress)
+        prepared = recipe.prepare(config, base, progress)
+        world = stack.enter_context(open_world(config.engine, config.train.num_threads))
+        start_logging(config.log.level, is_main=world.is_main)
+        run = RunDir(Path(world.from_main(str(choose_run_dir(config, resume).path) if world.is_main else "")))
+        world.together(lambda: stack.enter_context(run_lock(run)) if world.is_main else None)
+        stack.enter_context(disk_faults(run.path))
+        if run_status(run)["state"] == "done" and resume == "auto":
+            return finished_before(config, run, allow_changes)
+        session = begin_session(config, world, run, prepared, base, resume, allow_changes)
+        stop = stack.enter_context(StopSignal())
+        stack.enter_context(memory_advice(config, run_shape(session), session.geometry, world))
+        return _train(session, recipe, stop)
+
+
+def _train(session: Session, recipe: Recipe, stop: StopSignal) -> RunResult:
+    config, world, run = session.config, session.world, session.run
+    built = build_run_model(session)
+    loss_module = CausalLMLoss(
+        built.model, chunk_tokens=config.train.loss_chunk_tokens, z_loss=config.train.z_loss
+    )
+    learner = build_learner(config, loss_module, built.model, world, built.weights)
+    state = starting_state(session, learner)
+    resumed = state.step > 0
+    if world.is_main:
+        for records in (run.metrics, run.samples):
+            cut_after(records, state.step if resumed else -1)
+        write_status(run, "running", state.step)
+    peak, peak_source = peak_flops(world.device)
+    _describe(session, built, f"peak {peak / 1e12:.2f} TFLOP/s per device ({peak_source})")
+
+    with ExitStack() as stack:
+        first_step = state.step + 1 if resumed else 0
+        trackers = open_trackers(config.tracking, run, first_step=first_step, is_main=world.is_main)
+        stack.callback(trackers.close)
+
+        def evaluate(step: int) -> float:
+            precision = choose_precision(config.train.precision, world.device)
+            batches = _validation(session)
+            metrics = evaluate_batches(loss_module, batches, session.store.token_bytes, world, precision)
+            trackers.log(step, {**metrics, **source_metrics(session, step)})
+            figures = f"loss {metrics['val/loss']:.4f}  perplexity {metrics['val/ppl']:.2f}"
+            stage("EVAL", f"step {step}: {figures}  {metrics['val/bpb']:.4f} bits per byte")
+            write_samples(session, recipe, learner, loss_module, step)
+            return metrics["val/loss"]
+
+        def check_first_step() -> None:
+            if config.lora.enabled:
+                check_gradients(built.model, learner.snapshot(), world.sum)
+
+        work = Work(
+            config=config,
+            geometry=session.geometry,
+            total_steps=session.total_steps,
+            world=world,
+            learner=learner,
+            loader=_loader(session),
+            meter=SpeedMeter(built.flops_per_token, peak * world.world_size, world.device),
+            trackers=trackers,
+            stop=stop,
+            evaluate=evaluate,
+            saver=make_saver(session, learner),
+            check_first_step=check_first_step,
+        )
+        with recorded_end(session):
+            if not resumed:
+                evaluate(0)
+            state = fit(work, state)
+            if config.eval.after_training and state.best_step not in (None, state.step):
+                # the last step's samples are those of the last weights: the best ones answer once more
+                learner.read(session.checkpoints.resolve("best"))
+                write_samples(session, recipe, learner, loss_module, state.step, best=True)
+    return finish(session, state, work.saver.stalled_s, built.census)
+
+
+def write_samples(
+    session: Session,
+    recipe: Recipe,
+    learner: Learner,
+    loss_module: CausalLMLoss,
+    step: int,
+    *,
+    best: bool = False,
+) -> None:
+    """Continue the prompts of the recipe into samples.jsonl; `best` marks those of the best checkpoint's weights."""
+    if not (session.world.is_main or learner.is_sharded):
+        return
+    config, world = session.config, session.world
+    samples = continue_prompts(
+        loss_module,
+        session.tokenizer,
+        recipe.prompts(session),
+        max_new_tokens=config.eval.max_new_tokens,
+        temperature=config.eval.temperature,
+        seed=config.seed,
+    )
+    marks = {"best": True} if best else {}
+    with autocast(choose_precision(config.train.precision, world.device), world.device):
+        lines = [
+            json.dumps({"step": step, **marks, **sample}, ensure_ascii=False) + "\n" for sample in samples
+        ]
+    if world.is_main:
+        with session.run.samples.open("a", encoding="utf-8") as file:
+            file.writelines(lines)
+
+
+def _loader(session: Session) -> Loader:
+    config, geometry, world = session.config, session.geometry, session.world
+    return Loader(
+        session.store.streams(),
+        mix=session.prepared.mix,
+        seq_len=config.train.seq_len,
+        global_batch_size=geometry.global_batch_size,
+        micro_batch_size=geometry.micro_batch_size,
+        seed=config.seed,
+        packing=config.data.packing,
+        shuffle=config.data.shuffle,
+        rank=world.rank,
+        world_size=world.world_size,
+    )
+
+
+def _validation(session: Session) -> Iterator[Batch]:
+    config, world = session.config, session.world
+    return validation_batches(
+        session.store.split("val"),
+        seq_len=config.train.seq_len,
+        micro_batch_size=session.geometry.micro_batch_size,
+        packing=config.data.packing,
+        max_tokens=config.eval.max_tokens,
+        rank=world.rank,
+        world_size=world.world_size,
+    )
+
+
+def _describe(session: Session, built: RunModel, peak: str) -> None:
+    """Say what is about to run, before the first step."""
+    config, geometry, world = session.config, session.geometry, session.world
+    describe_sources(session)
+    for note in built.notes:
+        stage("MODEL", note)
+    stage("MODEL", f"{built.flops_per_token:,.0f} FLOPs per token, {built.precision}, {peak}")
+    if (shape := run_shape(session)) is not None:
+        memory = plan_memory(config, shape, geometry, half_precision=built.precision != "fp32")
+        stage("MODEL", f"about {memory.total / 2**30:.2f} GiB per rank")
+    stage("DDP", f"{engine_name(config, world)} on {world.world_size} process(es), {world.device}")
+    batch = f"{geometry.micro_batch_size} rows x {geometry.grad_accum_steps} micro-batches x {world.world_size} ranks"
+    stage(
+        "STEP",
+        f"{session.total_steps} steps of {geometry.tokens_per_step:,} tokens: {batch} of {geometry.seq_len}",
+    )
