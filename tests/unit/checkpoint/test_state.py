@@ -23,6 +23,7 @@ STATE = TrainState(
     config_hash="c" * 32,
     data_hash="d" * 32,
     tokenizer_hash="t" * 32,
+    base_hash="",
 )
 
 
