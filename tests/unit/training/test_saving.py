@@ -24,7 +24,7 @@ from trainway.training.saving import Saver
 
 
 def state(step: int) -> TrainState:
-    return TrainState(step, 0, 0, None, None, None, 0, {}, {}, 0.0, "", "", "")
+    return TrainState(step, 0, 0, None, None, None, 0, {}, {}, 0.0, "", "", "", "")
 
 
 class Run:
