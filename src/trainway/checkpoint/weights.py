@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -62,34 +61,28 @@ def write_model(
     """
     directory.mkdir(parents=True, exist_ok=True)
     adapted = adapter_config(model) is not None
-    if adapted and weights is None:
+    if weights is None:
         weights = saved_pieces(model, model_pieces(model))
-    if weights is not None and not adapted and part.index == 0:
+    if not adapted and part.index == 0:
         weights = {**weights, **_persistent_buffers(model)}
-    with disk_errors(), _quiet():
-        if adapted and part.count == 1:
-            assert weights is not None
-            tensors = {name: piece.tensor for name, piece in weights.items()}
-            write_tensors(directory / part.file_name(ADAPTER_STEM), tensors, {"format": "pt"})
-        elif part.count == 1:
-            state = None if weights is None else {name: piece.tensor for name, piece in weights.items()}
-            # by the names that they have in memory, whatever the family publishes: `load_model` goes by them
-            model.save_pretrained(
-                directory, state_dict=state, max_shard_size=max_shard_size, save_original_format=False
-            )
-        else:
-            assert weights is not None
+    with disk_errors():
+        if part.count > 1:
             write_pieces(directory / part.file_name(ADAPTER_STEM if adapted else STEM), weights)
+        else:
+            tensors = {name: piece.tensor for name, piece in weights.items()}
+            if adapted:  # peft knows no shards
+                write_tensors(directory / part.file_name(ADAPTER_STEM), tensors, {"format": "pt"})
+            else:
+                # by the names that they have in memory, whatever the family publishes: `load_model` goes by them
+                write_shards(directory, tensors, max_shard_size=max_shard_size)
         if part.index > 0:
             return
         if adapted:
             write_adapter_config(model, directory)
-        elif part.count > 1:
-            _write_config(model, directory)
+        else:
+            _write_config(model, directory, weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
-    if weights and not adapted:
-        _name_dtype(directory / "config.json", weights)
     # where a model or tokenizer was once loaded from is nobody's business
     for name in ("config.json", "tokenizer_config.json"):
         _drop_origin(directory / name)
@@ -103,16 +96,35 @@ def assemble(directory: Path, out: Path, *, max_shard_size: str = MAX_SHARD_SIZE
     with open_tensors(_weight_files(directory)) as stored:
         sizes = {name: torch.empty(shape, device="meta", dtype=stored.dtype(name))
                  for name, shape in stored.shapes.items()}  # fmt: skip
-        if is_adapter(directory):  # peft knows no shards
+        if is_adapter(directory):
             tensors = {name: stored.read(name) for name in sizes}
             write_tensors(out / WHOLE.file_name(ADAPTER_STEM), tensors, {"format": "pt"})
-            return
-        plan = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
-        for file, names in plan.filename_to_tensors.items():
-            write_tensors(out / file, {name: stored.read(name) for name in names}, {"format": "pt"})
-        if plan.is_sharded:
-            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        else:
+            write_shards(
+                out, sizes, lambda names: {n: stored.read(n) for n in names}, max_shard_size=max_shard_size
+            )
+
+
+def write_shards(
+    directory: Path,
+    tensors: Mapping[str, torch.Tensor],
+    read: Callable[[Sequence[str]], Mapping[str, torch.Tensor]] | None = None,
+    *,
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> None:
+    """Write tensors as `model.safetensors`, or as several such files and their index, into `directory`.
+
+    `read`: gives the tensors of one file at a time, by their names; `tensors` are then their shapes and dtypes, on the
+    meta device. Raises OSError of the disk.
+    """
+    plan = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
+    for file, names in plan.filename_to_tensors.items():
+        here = {name: tensors[name] for name in names} if read is None else read(names)
+        write_tensors(directory / file, here, {"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        with disk_errors():
+            (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 # ---- reading
@@ -236,37 +248,15 @@ def _persistent_buffers(model: torch.nn.Module) -> dict[str, Piece]:
     }
 
 
-def _write_config(model: Any, directory: Path) -> None:
-    """As `save_pretrained` writes it, without the weights."""
+def _write_config(model: Any, directory: Path, weights: Mapping[str, Piece]) -> None:
+    # not by the model's `save_pretrained`: that imports every launcher that is installed, and DeepSpeed speaks on stdout
     config = copy.deepcopy(model.config)
-    config.dtype = next(model.parameters()).dtype
+    # a model that computes in bf16 may be saved as the fp32 weights that its optimiser keeps
+    config.dtype = functools.reduce(torch.promote_types, {piece.tensor.dtype for piece in weights.values()})
     config.architectures = [type(model).__name__]
     config.save_pretrained(directory)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(directory)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    from transformers.utils import logging as transformers_logging
-
-    # a progress bar per checkpoint would tear the training's own
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-def _name_dtype(path: Path, weights: Mapping[str, Piece]) -> None:
-    # a model that computes in bf16 may be saved as the fp32 weights that its optimiser keeps
-    dtype = functools.reduce(torch.promote_types, {piece.tensor.dtype for piece in weights.values()})
-    fields, name = read_json(path), str(dtype).removeprefix("torch.")
-    if fields.get("dtype") != name:
-        text = json.dumps({**fields, "dtype": name}, indent=2, sort_keys=True, ensure_ascii=False)
-        path.write_text(text + "\n", encoding="utf-8")
 
 
 def _drop_origin(path: Path) -> None:

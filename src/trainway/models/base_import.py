@@ -16,7 +16,6 @@ from typing import Any
 import psutil
 import torch
 import xxhash
-from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -26,8 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from trainway.checkpoint.pieces import disk_errors, write_tensors
-from trainway.checkpoint.weights import INDEX_FILE, MAX_SHARD_SIZE
+from trainway.checkpoint.weights import INDEX_FILE, write_shards
 from trainway.data.turns import Progress, turn
 from trainway.errors import ConfigError, DataError, EnvironmentFault
 from trainway.files import atomic_directory
@@ -232,13 +230,7 @@ def _write_import(
     problems += [f"{name} was not loaded" for name, _ in owned_tensors(model) if name not in state]
     if problems:
         raise lacking_weights(source, problems)
-    plan = split_torch_state_dict_into_shards(state, max_shard_size=MAX_SHARD_SIZE)
-    with disk_errors():
-        for file, names in plan.filename_to_tensors.items():
-            write_tensors(directory / file, {name: state[name] for name in names}, {"format": "pt"})
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_shards(directory, state)
     suffixes = {".json", ".jinja", ".txt", ".model", *([".py"] if trust_remote_code else [])}
     for path in files.directory.iterdir():
         if path.suffix in suffixes and path.name not in (CONFIG, INDEX_FILE) and path.is_file():

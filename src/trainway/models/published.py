@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from trainway.checkpoint.adapter import is_adapter
-from trainway.checkpoint.pieces import StoredTensors, disk_errors, open_tensors, write_tensors
-from trainway.checkpoint.weights import INDEX_FILE, MAX_SHARD_SIZE
+from trainway.checkpoint.pieces import StoredTensors, open_tensors
+from trainway.checkpoint.weights import INDEX_FILE, MAX_SHARD_SIZE, write_shards
 from trainway.files import read_json
 from trainway.models.base import meta_model
 from trainway.models.base_files import CONFIG, weight_names
@@ -48,25 +46,19 @@ def publish_names(directory: Path, *, max_shard_size: str = MAX_SHARD_SIZE) -> b
         }
         if published.keys() == held.keys():
             return False
+
+        def read(names: Sequence[str]) -> dict[str, torch.Tensor]:
+            keys = dict.fromkeys(published[name][1] for name in names)
+            return _published(model, stored, [groups[key] for key in keys], set(names))
+
+        new = directory / "published"
         sizes = {name: tensor for name, (tensor, _) in published.items()}
-        plan = split_torch_state_dict_into_shards(
-            sizes, filename_pattern="published{suffix}.safetensors", max_shard_size=max_shard_size
-        )
-        with disk_errors():
-            for file, names in plan.filename_to_tensors.items():
-                keys = dict.fromkeys(published[name][1] for name in names)
-                tensors = _published(model, stored, [groups[key] for key in keys], set(names))
-                write_tensors(directory / file, tensors, {"format": "pt"})
+        write_shards(new, sizes, read, max_shard_size=max_shard_size)
     for path in [*old, directory / INDEX_FILE]:
         path.unlink(missing_ok=True)
-    for file in plan.filename_to_tensors:
-        (directory / file).rename(directory / file.replace("published", "model", 1))
-    if plan.is_sharded:
-        places = {
-            name: file.replace("published", "model", 1) for name, file in plan.tensor_to_filename.items()
-        }
-        index = {"metadata": plan.metadata, "weight_map": places}
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for path in new.iterdir():
+        path.rename(directory / path.name)
+    new.rmdir()
     return True
 
 
