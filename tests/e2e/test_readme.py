@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import run_cli, tiny, write_config
+from tests.sft_material import LORA, base_model, conversations, tiny_sft
 from trainway.config.load import load_config, preset_names
 from trainway.planning.geometry import describe_plan
 
@@ -37,6 +38,13 @@ def test_commands_run_in_order(
     del config["run_dir"], config["data"]["val_ratio"]  # some commands name validation sources
     config["schedule"] = {"warmup_steps": 2}
     write_config(tmp_path / "m3_medium.yaml", config)
+    conversations(tmp_path / "chats.jsonl")
+    base_model(tmp_path / "MODEL")
+    for preset, sections in {"sft_small": {}, "lora_small": {"lora": LORA}}.items():
+        tuning = tiny_sft(Path(), Path(), store_dir, tmp_path, **sections)
+        del tuning["run_dir"], tuning["model"], tuning["data"]["train"]
+        tuning["train"]["total_steps"] = 5
+        write_config(tmp_path / f"{preset}.yaml", tuning)
     monkeypatch.chdir(tmp_path)
     run = 0
     for command in commands():
@@ -44,16 +52,17 @@ def test_commands_run_in_order(
             continue
         program, *words = shlex.split(command)
         assert program == "trainway", command
-        words = ["m3_medium.yaml" if word == "m3_medium" else word for word in words]
+        words = [f"{word}.yaml" if (tmp_path / f"{word}.yaml").exists() else word for word in words]
         if any("NAME" in word for word in words):
             (name,) = (path.name for path in (tmp_path / "runs").iterdir())
             words = [word.replace("NAME", name) for word in words]
         done = run_cli(*words)
         assert done.stdout or done.stderr, command
         run += 1
-    assert run >= 16
-    for model in ("my-model", "sharded-model"):
+    assert run >= 25
+    for model in ("my-model", "sharded-model", "tuned-model", "merged"):
         assert (tmp_path / model / "model.safetensors").exists()
+    assert (tmp_path / "adapter/adapter_model.safetensors").exists()
 
 
 def test_python_example_runs(tmp_path: Path, corpus: Path, store_dir: Path) -> None:
@@ -79,7 +88,10 @@ def test_scripts_are_the_first_two_commands() -> None:
 def test_table_of_presets_is_true() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| ([\d.]+[MB]) \|", README, re.M))
     assert sorted(rows) == sorted(preset_names())
+    assert rows["quickstart_tune"] == rows["quickstart"]  # its base is what the other makes
     for name, said in rows.items():
+        if name == "quickstart_tune":
+            continue
         total = describe_plan(load_config(name).config)["parameters"]["total"]
         assert float(said[:-1]) * {"M": 1e6, "B": 1e9}[said[-1]] == pytest.approx(total, rel=0.06), name
 
