@@ -270,6 +270,23 @@ def _lora(config: RunConfig, origins: Mapping[str, str]) -> list[ConfigError]:
                 "take one of the two out",
             )
         )
+    if lora.quantize != "none" and config.engine.name in ("fsdp", "zero2", "zero3"):
+        problems.append(
+            ConfigError(
+                f"{origins['lora.quantize']}: lora.quantize is {lora.quantize}",
+                f"engine.name is {config.engine.name} ({origins['engine.name']}), and packed weights cannot be cut "
+                "into parts",
+                "use engine.name=ddp, or lora.quantize=none",
+            )
+        )
+    if lora.quantize != "none" and lora.use_dora:
+        problems.append(
+            ConfigError(
+                f"{origins['lora.use_dora']}: lora.use_dora takes norms of weights in full precision",
+                f"lora.quantize is {lora.quantize} ({origins['lora.quantize']})",
+                "turn one of them off",
+            )
+        )
     if not (lora.target_modules or lora.target_parameters or lora.modules_to_save):
         problems.append(
             ConfigError(
