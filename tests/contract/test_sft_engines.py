@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tests.conftest import launch, metrics, run_cli, stream, wait_for, write_config
 from tests.sft_material import EXPERT_LORA, LORA, base_model, conversations, tiny_sft
-from trainway.release.bundle import export
+from trainway.release.bundle import export, model_directory
+from trainway.release.generate import load_causal_lm
 
 ENGINES: dict[str, tuple[int, list[str]]] = {
     "single": (1, ["engine.name=single"]),
@@ -29,7 +33,20 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss-full": ("gpt_oss", {}),
     "gpt_oss-experts": ("gpt_oss", {"lora": EXPERT_LORA, "optim": {"lr": 2e-2}}),
 }
-CASES = [(way, engine) for way in WAYS for engine in ENGINES if engine != "single"]
+OFTEN = {"full-packed", "lora-padded", "gpt_oss-experts"}
+"""What the default suite holds every engine to; the others are its mixtures, and slow."""
+
+
+def slow(*case: str, when: bool) -> Any:
+    return pytest.param(*case, marks=[pytest.mark.slow] if when else [])
+
+
+CASES = [slow(way, engine, when=way not in OFTEN) for way in WAYS for engine in ENGINES if engine != "single"]
+KILLED = [
+    slow(way, engine, when=(way, engine) not in {("full-packed", "fsdp"), ("lora-packed", "zero3")})
+    for way in ("full-packed", "lora-packed")
+    for engine in ENGINES
+]
 
 
 class Runs:
@@ -79,7 +96,34 @@ def test_an_engine_tunes_as_one_process_does(runs: Runs, tmp_path: Path, way: st
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", ["full-packed", "lora-packed"])
+GPT_OSS = [slow(way, engine, when=way not in OFTEN) for way in WAYS if "gpt_oss" in way for engine in ENGINES]
+
+
+@pytest.mark.parametrize(("way", "engine"), GPT_OSS)
+def test_others_read_what_gpt_oss_became(runs: Runs, tmp_path: Path, way: str, engine: str) -> None:
+    """transformers and peft give the logits of the run's own checkpoint, under transformers' own attention."""
+    run, base = runs(way, engine), runs.root / "gpt_oss"
+    log = (run / "log.txt").read_text()
+    assert re.search(r"trainable [\d,]+ of [\d,]+ parameters|all [\d,]+ parameters are trained", log)
+    exported = export(run, tmp_path / "exported")
+    if "lora" in WAYS[way][1]:
+        plain = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+        theirs = PeftModel.from_pretrained(plain, exported)
+    else:
+        theirs = AutoModelForCausalLM.from_pretrained(exported, attn_implementation="eager")
+    ours, tokenizer = load_causal_lm(model_directory(run))
+    ids = tokenizer(tokenizer.decode(range(5, 90)), return_tensors="pt")[
+        "input_ids"
+    ]  # longer than the window
+    with torch.no_grad():
+        logits, trained, untrained = (
+            model.eval()(ids).logits for model in (ours, theirs, AutoModelForCausalLM.from_pretrained(base))
+        )
+    torch.testing.assert_close(logits, trained, rtol=0, atol=2e-5)
+    assert (logits - untrained).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("way", [slow("full-packed", when=True), "lora-packed"])
 def test_every_engine_goes_on_from_every_other(runs: Runs, tmp_path: Path, way: str) -> None:
     """ddp x 2 → fsdp x 2 → zero3 x 2 → single in one run: the same rows and losses."""
     path = write_config(tmp_path / "c.yaml", runs.config(way, tmp_path / "run", checkpoint={"save_every": 5}))
@@ -95,8 +139,7 @@ def test_every_engine_goes_on_from_every_other(runs: Runs, tmp_path: Path, way: 
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("way", ["full-packed", "lora-packed"])
+@pytest.mark.parametrize(("way", "engine"), KILLED)
 def test_killed_it_goes_on_bit_for_bit(runs: Runs, tmp_path: Path, way: str, engine: str) -> None:
     nproc, settings = ENGINES[engine]
     sections = {"checkpoint": {"save_every": 4}}

@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.base_models import save, tiny_model
+from tests.conftest import metrics, run_cli, write_config
+from tests.sft_material import EXPERT_LORA, LORA, base_model, conversations, tiny_sft
 
 LOAD = """
 import socket, sys
@@ -64,3 +68,34 @@ def test_r36_a_local_directory_needs_no_network(tmp_path: Path) -> None:
     assert what == f"{directory}: 2 files are missing"
     assert why == f"{directory} lacks tokenizer.json, {shard.name}"
     assert fix.startswith("copy the whole directory")
+
+
+NO_NETWORK = """
+import socket
+
+def refuse(*arguments, **settings):
+    raise AssertionError(f"somebody asked for the network: {arguments[1:]}")
+
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+"""
+
+
+@pytest.mark.parametrize(("family", "lora"), [("llama", LORA), ("gpt_oss", EXPERT_LORA)])
+def test_a_run_from_its_data_to_its_export_needs_no_network(
+    tmp_path: Path, family: str, lora: dict[str, object]
+) -> None:
+    (tmp_path / "python").mkdir()
+    (tmp_path / "python/sitecustomize.py").write_text(NO_NETWORK)
+    base = base_model(tmp_path / "model", family)
+    chats = conversations(tmp_path / "chats.jsonl")
+    config = tiny_sft(base, chats, tmp_path / "store", tmp_path / "run", lora=lora, train={"total_steps": 4})
+    environ = {"PYTHONPATH": str(tmp_path / "python"), "HF_HOME": str(tmp_path / "no-hub")}
+    path = write_config(tmp_path / "c.yaml", config)
+    said = run_cli("train", path, **environ).stderr
+    assert "trainable " in said
+    assert len(metrics(tmp_path / "run")) == 4
+    run_cli("export", tmp_path / "run", "--merge", "--out", tmp_path / "merged", **environ)
+    assert (tmp_path / "merged/model.safetensors").exists()
+    (base / "model.safetensors").unlink()
+    refused = run_cli("train", path, "--resume", "never", check=3, **environ).stderr
+    assert f"{base} lacks model.safetensors" in refused

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import metrics, run_cli
+from trainway.recipes.quickstart import write_pairs
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL = (
@@ -24,19 +25,58 @@ SMALL = (
     "eval.every=4",
     "save_every=4",
     "eval.max_tokens=4096",
+    "tune.total_steps=4",
+    "tune.warmup_steps=1",
+    "tune.eval.every=4",
+    "tune.eval.max_tokens=4096",
 )
 
 
 def check_outcome(out: Path, said: str) -> None:
     assert (out / "loss.png").read_bytes().startswith(PNG)
-    model = AutoModelForCausalLM.from_pretrained(out / "model")
-    tokenizer = AutoTokenizer.from_pretrained(out / "model")
-    ids = tokenizer("def main(", return_tensors="pt", add_special_tokens=False)["input_ids"]
-    trained = AutoModelForCausalLM.from_pretrained(out / "run/checkpoints/best/model")
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, trained(ids).logits, rtol=0, atol=1e-5)
-    for word in ("loss.png", "model", "trainway generate"):
+    for run, exported in (("run", "model"), ("tuning", "tuned-model")):
+        model = AutoModelForCausalLM.from_pretrained(out / exported)
+        tokenizer = AutoTokenizer.from_pretrained(out / exported)
+        ids = tokenizer("def main(", return_tensors="pt", add_special_tokens=False)["input_ids"]
+        trained = AutoModelForCausalLM.from_pretrained(out / run / "checkpoints/best/model")
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, trained(ids).logits, rtol=0, atol=1e-5)
+    for word in ("loss.png", "tuned-model", "trainway generate"):
         assert word in said
+    for word in ("before tuning:", "after tuning:", "its docstring:"):
+        assert said.count(word) == 3
+
+
+def test_pairs_are_functions_without_their_docstrings(tmp_path: Path) -> None:
+    module = '''
+class Point:
+    def length(self):
+        """The distance
+        from the origin.
+
+        Not squared."""
+        return (self.x**2 + self.y**2) ** 0.5
+
+    def nothing(self):
+        """A docstring alone."""
+
+    def silent(self):
+        return 1
+
+
+async def wait(seconds): "Sleep."; await sleep(seconds)
+'''
+    modules = tmp_path / "modules.jsonl"
+    modules.write_text(json.dumps({"text": module}) + "\n" + json.dumps({"text": "print 'old'"}) + "\n")
+    rows = [
+        json.loads(line) for line in write_pairs(modules, tmp_path / "pairs.jsonl").read_text().splitlines()
+    ]
+    assert rows == [
+        {
+            "prompt": "def length(self):\n    return (self.x**2 + self.y**2) ** 0.5\n\n# What it does:",
+            "completion": " The distance from the origin.",
+        }
+    ]
 
 
 def test_small_quickstart_interrupted_and_started_again(tmp_path: Path) -> None:
@@ -68,6 +108,9 @@ def test_full_quickstart_keeps_its_promise(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     start, *_, end = metrics(tmp_path / "out/run", "val/loss")
     assert end["val/loss"] <= 0.5 * start["val/loss"]
-    report = json.loads((tmp_path / "out/run/report.json").read_text())
-    print(f"{report['seconds']:.0f} s of training, {start['val/loss']:.3f} -> {end['val/loss']:.3f}")
+    before, *_, after = metrics(tmp_path / "out/tuning", "val/loss")
+    assert after["val/loss"] <= 0.85 * before["val/loss"]
+    for run, first, last in (("run", start, end), ("tuning", before, after)):
+        seconds = json.loads((tmp_path / "out" / run / "report.json").read_text())["seconds"]
+        print(f"{run}: {seconds:.0f} s, {first['val/loss']:.3f} -> {last['val/loss']:.3f}")
     check_outcome(tmp_path / "out", done.stdout)

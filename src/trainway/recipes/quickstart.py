@@ -181,7 +181,7 @@ def _pairs(text: str) -> Iterator[tuple[str, str]]:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 2:
             continue
         docstring, statement = ast.get_docstring(node), node.body[0]
-        if not docstring:
+        if not docstring or statement.lineno == node.lineno:
             continue
         kept = lines[node.lineno - 1 : statement.lineno - 1] + lines[statement.end_lineno : node.end_lineno]
         function, sentence = textwrap.dedent("\n".join(kept)), " ".join(docstring.split("\n\n")[0].split())

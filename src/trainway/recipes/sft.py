@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any
 
 from trainway.config.schema import RunConfig
@@ -29,4 +28,4 @@ def _prompts(session: Session) -> list[Prompt]:
     config = session.config.eval
     if config.prompts:
         return [chat_prompt(session.tokenizer, text) for text in config.prompts]
-    return list(islice(answered_prompts(session.store.split("val"), session.tokenizer), config.num_samples))
+    return answered_prompts(session.store.split("val"), session.tokenizer, config.num_samples)

@@ -126,10 +126,19 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
     return Prompt(text, tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"]))
 
 
-def answered_prompts(split: TokenSplit, tokenizer: PreTrainedTokenizerBase) -> Iterator[Prompt]:
-    """Of each conversation of a prepared split: all before its last answer, to be answered, and that answer."""
+def answered_prompts(split: TokenSplit, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Prompt]:
+    """Of up to `count` conversations, spread over a prepared split: all before the last answer, and that answer."""
     starts = [int(start) for start in split.document_starts(0, split.num_tokens)]
-    for start, end in zip(starts, [*starts[1:], split.num_tokens], strict=True):
+    rows = list(zip(starts, [*starts[1:], split.num_tokens], strict=True))
+    shares = (rows[i * len(rows) // count : (i + 1) * len(rows) // count] for i in range(count))
+    found = (next(_answered(split, tokenizer, share), None) for share in shares)
+    return [prompt for prompt in found if prompt is not None]
+
+
+def _answered(
+    split: TokenSplit, tokenizer: PreTrainedTokenizerBase, rows: Iterable[tuple[int, int]]
+) -> Iterator[Prompt]:
+    for start, end in rows:
         tokens, trained = split.tokens(start, end), split.mask(start, end)
         last = int(np.flatnonzero(trained)[-1]) + 1
         untrained = np.flatnonzero(trained[:last] == 0)
