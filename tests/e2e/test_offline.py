@@ -88,12 +88,12 @@ def test_a_run_from_its_data_to_its_export_needs_no_network(
     (tmp_path / "python/sitecustomize.py").write_text(NO_NETWORK)
     base = base_model(tmp_path / "model", family)
     chats = conversations(tmp_path / "chats.jsonl")
-    config = tiny_sft(base, chats, tmp_path / "store", tmp_path / "run", lora=lora, train={"total_steps": 4})
+    config = tiny_sft(base, chats, tmp_path / "store", tmp_path / "run", lora=lora, train={"total_steps": 6})
     environ = {"PYTHONPATH": str(tmp_path / "python"), "HF_HOME": str(tmp_path / "no-hub")}
     path = write_config(tmp_path / "c.yaml", config)
     said = run_cli("train", path, **environ).stderr
     assert "trainable " in said
-    assert len(metrics(tmp_path / "run")) == 4
+    assert len(metrics(tmp_path / "run")) == 6
     run_cli("export", tmp_path / "run", "--merge", "--out", tmp_path / "merged", **environ)
     assert (tmp_path / "merged/model.safetensors").exists()
     (base / "model.safetensors").unlink()

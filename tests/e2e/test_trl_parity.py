@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import metrics, run_cli, write_config
 from tests.real_conversations import MARKED_CHATML, real_conversations
-from tests.real_models import smollm2
+from tests.real_models import smollm2_or_skip
 from tests.trl_peer import train_with_trl
 from trainway.release.bundle import export
 
@@ -38,7 +38,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("way", ["full", "lora"])
 def test_losses_equal_those_of_trl(tmp_path: Path, chats: Path, template: Path, way: str) -> None:
-    model = smollm2()
+    model = smollm2_or_skip()
     config: dict[str, Any] = {
         "recipe": "sft",
         "run_dir": str(tmp_path / "run"),
