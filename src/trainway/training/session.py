@@ -22,7 +22,7 @@ from trainway.data.tokenizer import load_tokenizer
 from trainway.engines import engine_name
 from trainway.engines.base import Learner
 from trainway.engines.world import World
-from trainway.errors import ConfigError, DataError, Stopped
+from trainway.errors import ConfigError, DataError, EnvironmentFault, Stopped
 from trainway.files import atomic_write
 from trainway.logs import log_to_file, stage, warn
 from trainway.models.base import BaseModel
@@ -83,6 +83,7 @@ def begin_session(
 
     Raises:
         ConfigError: the batch does not divide, or the run was begun with other settings.
+        EnvironmentFault: a rank has read other data, or another model to start from, than rank 0.
     """
     store = TokenStore.open(prepared.store_dir, verify=False)  # prepare has just verified it
     tokenizer = load_tokenizer(prepared.tokenizer_dir)
@@ -100,8 +101,20 @@ def begin_session(
         resume=resume,
         allow_changes=allow_changes,
     )
+    world.together(lambda: _check_agreement(world, session.data_hash, base))
     world.together(lambda: _open_directory(session) if world.is_main else None)
     return session
+
+
+def _check_agreement(world: World, data_hash: str, base: BaseModel | None) -> None:
+    own = {"data": data_hash, "model.path": base.identity if base else ""}
+    other = [name for name, value in world.from_main(own).items() if own[name] != value]
+    if other:
+        raise EnvironmentFault(
+            f"rank {world.rank} has read other files of {' and '.join(other)} than rank 0",
+            "they lie elsewhere on its machine, or changed while they were read",
+            "give every machine the same files (a model of the Hub: set model.revision to a commit), and start again",
+        )
 
 
 def starting_state(session: Session, learner: Learner) -> TrainState:
