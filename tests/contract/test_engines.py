@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import launch, metrics, run_cli, tiny, wait_for, write_config
+from tests.conftest import launch, metrics, once, run_cli, shared, tiny, wait_for, write_config
 from trainway.release.bundle import export
 
 ENGINES: dict[str, tuple[int, list[str]]] = {
@@ -42,12 +42,13 @@ VARIANTS: dict[str, tuple[int, list[str]]] = {
     "zero3-async": (2, ["engine.name=zero3", "checkpoint.async_save=true"]),
 }
 DEEPSPEED = {name for name in ENGINES | VARIANTS if name.startswith("zero")}
+SLOW = (DEEPSPEED & VARIANTS.keys()) | {"fsdp-alone", "fsdp-gathered", "ddp-selective", "single-full"}
 CASES = [
-    ("adamw", name, [pytest.mark.slow] if name in DEEPSPEED & VARIANTS.keys() else [])
+    ("adamw", name, [pytest.mark.slow] if name in SLOW else [])
     for name in ENGINES | VARIANTS
     if name != "single"
 ]
-CASES += [("muon", name, []) for name in ENGINES if name != "single" and name not in DEEPSPEED]
+CASES += [("muon", "ddp", []), ("muon", "fsdp", []), ("muon", "hybrid", [pytest.mark.slow])]
 
 
 class Runs:
@@ -58,17 +59,19 @@ class Runs:
 
     def __call__(self, optimizer: str, engine: str) -> Path:
         run = self._root / f"{optimizer}-{engine}"
-        if not run.exists():
+
+        def make() -> None:
             config = tiny(self._corpus, self._store_dir, run)
             config["optim"] = {"lr": 3e-3, "name": optimizer}
             nproc, settings = (ENGINES | VARIANTS)[engine]
             run_cli("train", write_config(run.with_suffix(".yaml"), config), "--nproc", nproc, *settings)
-        return run
+
+        return once(run, make)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, corpus: Path, store_dir: Path) -> Runs:
-    return Runs(tmp_path_factory.mktemp("engines"), corpus, store_dir)
+    return Runs(shared(tmp_path_factory, "engines"), corpus, store_dir)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +103,7 @@ def test_an_engine_trains_as_one_process_does(
 
 @pytest.mark.parametrize(
     "engine",
-    ["fsdp", "hybrid", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3"))],
+    ["fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("hybrid", "zero2", "zero3"))],
 )
 def test_bf16_shards_train_as_bf16_does(engine: str, tmp_path: Path, corpus: Path, store_dir: Path) -> None:
     """Weights that travel in bf16 are those that autocast would have made of fp32 ones; DeepSpeed's model is bf16."""
