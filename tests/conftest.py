@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,19 @@ def launch(config: Path, *arguments: str, **environ: str) -> subprocess.Popen[by
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environ}
     log = (config.parent / "launch.log").open("ab")
     return subprocess.Popen(command, start_new_session=True, env=env, stdout=log, stderr=log)
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL a launch with all its ranks, none of which may outlive it."""
+    import psutil
+
+    assert process.poll() is None, "the run was over before it was killed"
+    tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for victim in tree:
+        with suppress(psutil.NoSuchProcess):
+            victim.kill()
+    process.wait()
+    psutil.wait_procs(tree, timeout=30)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 120) -> None:

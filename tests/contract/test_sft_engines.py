@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import launch, metrics, run_cli, stream, wait_for, write_config
+from tests.conftest import kill_all, launch, metrics, run_cli, stream, wait_for, write_config
 from tests.sft_material import EXPERT_LORA, LORA, base_model, conversations, tiny_sft
 from trainway.release.bundle import export, model_directory
 from trainway.release.generate import load_causal_lm
@@ -146,17 +146,6 @@ def test_killed_it_goes_on_bit_for_bit(runs: Runs, tmp_path: Path, way: str, eng
     path = write_config(tmp_path / "c.yaml", runs.config(way, tmp_path / "run", **sections))
     process = launch(path, "--nproc", str(nproc), *settings)
     wait_for(lambda: (tmp_path / "run/checkpoints/step-8").is_dir(), process)
-    kill_group(process.pid)
-    process.wait(60)
+    kill_all(process)
     run_cli("train", path, "--nproc", nproc, *settings, timeout=600)
     assert stream(tmp_path / "run") == stream(runs(way, engine))
-
-
-def kill_group(pid: int) -> None:
-    """SIGKILL a launcher and everything below it, at once."""
-    import psutil
-
-    family = [psutil.Process(pid)]
-    family += family[0].children(recursive=True)
-    for process in family:
-        process.kill()

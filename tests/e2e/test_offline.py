@@ -13,14 +13,20 @@ from tests.base_models import save, tiny_model
 from tests.conftest import metrics, run_cli, write_config
 from tests.sft_material import EXPERT_LORA, LORA, base_model, conversations, tiny_sft
 
-LOAD = """
-import socket, sys
-from pathlib import Path
+NO_NETWORK = """
+import socket
 
 def refuse(*arguments, **settings):
     raise AssertionError(f"somebody asked for the network: {arguments[1:]}")
 
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+"""
+
+LOAD = (
+    NO_NETWORK
+    + """
+import sys
+from pathlib import Path
 
 import torch
 from trainway.checkpoint.weights import model_pieces
@@ -42,6 +48,7 @@ ids = torch.tensor([tokenizer.encode("abc")])
 with torch.no_grad():
     print(model(ids).logits.sum().item())
 """
+)
 
 
 def load(directory: Path, cache: Path) -> subprocess.CompletedProcess[str]:
@@ -68,16 +75,6 @@ def test_r36_a_local_directory_needs_no_network(tmp_path: Path) -> None:
     assert what == f"{directory}: 2 files are missing"
     assert why == f"{directory} lacks tokenizer.json, {shard.name}"
     assert fix.startswith("copy the whole directory")
-
-
-NO_NETWORK = """
-import socket
-
-def refuse(*arguments, **settings):
-    raise AssertionError(f"somebody asked for the network: {arguments[1:]}")
-
-socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
-"""
 
 
 @pytest.mark.parametrize(("family", "lora"), [("llama", LORA), ("gpt_oss", EXPERT_LORA)])

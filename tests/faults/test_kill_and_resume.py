@@ -6,15 +6,13 @@ import itertools
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import launch, metrics, run_cli, stream, tiny, wait_for, write_config
+from tests.conftest import kill_all, launch, metrics, run_cli, stream, tiny, wait_for, write_config
 
 STEPS = 120
 
@@ -65,19 +63,6 @@ def kill_many(root: Path, config: Path, anywhere: int, in_saves: int, *launches:
         elif not aim_at_save:
             anywhere -= 1
     run_cli("train", config, *next(turns))
-
-
-def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL a launch with all its ranks, none of which may outlive it."""
-    import psutil
-
-    assert process.poll() is None, "the run was over before it was killed"
-    tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for victim in tree:
-        with suppress(psutil.NoSuchProcess):
-            victim.kill()
-    process.wait()
-    psutil.wait_procs(tree, timeout=30)
 
 
 @pytest.mark.parametrize(("anywhere", "in_saves"), [(2, 1), pytest.param(15, 5, marks=pytest.mark.slow)])

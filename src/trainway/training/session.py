@@ -65,6 +65,11 @@ class Session:
     allow_changes: bool
 
     @property
+    def base_hash(self) -> str:
+        """Of the model that the run starts from; empty for a new one."""
+        return self.base.identity if self.base else ""
+
+    @property
     def total_steps(self) -> int:
         assert self.geometry.total_steps is not None  # the number of rows is known
         return self.geometry.total_steps
@@ -101,13 +106,13 @@ def begin_session(
         resume=resume,
         allow_changes=allow_changes,
     )
-    world.together(lambda: _check_agreement(world, session.data_hash, base))
+    world.together(lambda: _check_agreement(world, session.data_hash, session.base_hash))
     world.together(lambda: _open_directory(session) if world.is_main else None)
     return session
 
 
-def _check_agreement(world: World, data_hash: str, base: BaseModel | None) -> None:
-    own = {"data": data_hash, "model.path": base.identity if base else ""}
+def _check_agreement(world: World, data_hash: str, base_hash: str) -> None:
+    own = {"data": data_hash, "model.path": base_hash}
     other = [name for name, value in world.from_main(own).items() if own[name] != value]
     if other:
         raise EnvironmentFault(
@@ -142,7 +147,7 @@ def starting_state(session: Session, learner: Learner) -> TrainState:
             config_hash=config_hash(session.config.model_dump(mode="json")),
             data_hash=session.data_hash,
             tokenizer_hash=session.store.manifest.tokenizer_hash,
-            base_hash=session.base.identity if session.base else "",
+            base_hash=session.base_hash,
         )
     state = TrainState.from_json((path / STATE_FILE).read_text(), str(path / STATE_FILE))
     if not session.allow_changes:
@@ -269,7 +274,7 @@ def _refuse_other_data(session: Session, state: TrainState, path: Path) -> None:
         changed.append("the tokenizer")
     if state.data_hash != session.data_hash:
         changed.append("the training data")
-    if state.base_hash != (session.base.identity if session.base else ""):
+    if state.base_hash != session.base_hash:
         changed.append("the model it starts from")
     if changed:
         raise DataError(

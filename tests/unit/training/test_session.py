@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -24,8 +24,7 @@ def world(rank: int, main: dict[str, str]) -> Any:
     ],
 )
 def test_a_rank_that_read_other_files_is_named(main: dict[str, str], named: str) -> None:
-    base = cast(Any, SimpleNamespace(identity="b1"))
-    _check_agreement(world(3, {"data": "d1", "model.path": "b1"}), "d1", base)
+    _check_agreement(world(3, {"data": "d1", "model.path": "b1"}), "d1", "b1")
     with pytest.raises(EnvironmentFault) as raised:
-        _check_agreement(world(3, main), "d1", base)
+        _check_agreement(world(3, main), "d1", "b1")
     assert raised.value.what == f"rank 3 has read other files of {named} than rank 0"
