@@ -17,6 +17,7 @@ STAGES = (
     "TRAIN",
     "EVAL",
     "EPOCH",
+    "STAGE",
     "SAVE",
     "RESULT",
     "DONE",

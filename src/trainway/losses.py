@@ -51,25 +51,33 @@ def linear_cross_entropy(
         if not bool(targets.all()):
             kept = targets.nonzero()[:, 0]
             hidden, labels = hidden.index_select(0, kept), labels.index_select(0, kept)
-    # the Function's own forward runs without grad mode, so what needs a gradient is settled here
-    grads = torch.is_grad_enabled()
-    needs = tuple(grads and x is not None and x.requires_grad for x in (hidden, weight, bias))
+    needs = _needs_gradient(hidden, weight, bias)
     sums: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, chunk_tokens, z_loss, form, needs)
     return sums if z_loss else sums.sum()  # not sums[0]: FSDP2 warns of views
 
 
-@torch.no_grad()
-def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
-    """Negative log-likelihood of each label [N], fp32, without gradient; 0 where the label is `IGNORE_INDEX`."""
-    hidden, weight, stat_type = _gemm_operands(hidden, weight)
-    buffer = _logit_buffer(hidden, weight, chunk_tokens)
-    losses = [
-        _log_probs(
-            _logits(hidden[start : start + part.shape[0]], weight, None, PLAIN, buffer)[0], stat_type, part
-        )[1]
-        for start, part in _chunks(labels, buffer.shape[0])
-    ]
-    return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=stat_type)
+def linear_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_tokens: int,
+    *,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    form: LogitForm = PLAIN,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability (nats) of each label under softmax(form(hidden @ weight.T + bias) / temperature), and the entropy
+    (nats) of each such distribution, which has no gradient; [N] fp32 each.
+
+    Both are 0 where the label is `IGNORE_INDEX`. hidden [N, H], weight [V, H], bias [V], labels [N]. At most
+    `chunk_tokens` rows of logits are alive at a time: the backward pass makes each chunk again, since only there is it
+    known what gradient comes to each token. Types as in `linear_cross_entropy`; the division by the temperature is fp32.
+    """
+    needs = _needs_gradient(hidden, weight, bias)
+    log_probs, entropy = _LinearLogProbs.apply(
+        hidden, weight, bias, labels, chunk_tokens, temperature, form, needs
+    )
+    return log_probs, entropy
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -87,9 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         x, w, stat_type = _gemm_operands(hidden, weight)
         sums = x.new_zeros(2 if z_loss else 1, dtype=stat_type)
-        d_hidden = torch.empty_like(x) if needs[0] else None
-        d_weight = torch.zeros_like(weight, dtype=stat_type) if needs[1] else None
-        d_bias = x.new_zeros(len(weight), dtype=stat_type) if needs[2] else None
+        gradients = _HeadGradients(x, weight, needs, stat_type)
         # inside the Function autocast is still on and would undo the choice of types
         with torch.autocast(x.device.type, enabled=False):
             buffer = _logit_buffer(x, w, chunk_tokens)
@@ -103,19 +109,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if not any(needs):
                     continue
                 pull = None if log_z is None else 2 * z_loss * log_z
-                d_logits = _product_gradient(_logit_gradient(log_probs, part, pull), slope, form).to(x.dtype)
-                if d_hidden is not None:
-                    torch.mm(d_logits, w, out=d_hidden[start : start + part.shape[0]])
-                if d_weight is not None and d_weight.dtype == d_logits.dtype:
-                    d_weight.addmm_(d_logits.t(), rows)
-                elif d_weight is not None:
-                    d_weight += d_logits.t() @ rows
-                if d_bias is not None:
-                    d_bias += d_logits.sum(0, dtype=stat_type)
-        gradients = ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
-        ctx.save_for_backward(
-            *(None if gradient is None or of is None else gradient.to(of.dtype) for gradient, of in gradients)
-        )
+                d_logits = _product_gradient(_logit_gradient(log_probs, part, pull), slope, form)
+                gradients.add(start, rows, w, d_logits)
+        ctx.save_for_backward(*gradients.finished(hidden.dtype, weight, bias))
         return sums
 
     @staticmethod
@@ -127,6 +123,94 @@ class _LinearCrossEntropy(torch.autograd.Function):
             assert bool((grad_sums == grad_loss).all()), "the gradient is that of the sum of both losses"
         gradients = (None if kept is None else kept * grad_loss.to(kept.dtype) for kept in ctx.saved_tensors)
         return (*gradients, None, None, None, None, None)
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        chunk_tokens: int,
+        temperature: float,
+        form: LogitForm,
+        needs: tuple[bool, ...],
+    ) -> tuple[Tensor, Tensor]:
+        x, w, stat_type = _gemm_operands(hidden, weight)
+        picked, entropy = (x.new_empty(len(x), dtype=stat_type) for _ in range(2))
+        with torch.autocast(x.device.type, enabled=False):
+            buffer = _logit_buffer(x, w, chunk_tokens)
+            for start, part in _chunks(labels, buffer.shape[0]):
+                own = slice(start, start + part.shape[0])
+                logits, _ = _logits(x[own], w, bias, form, buffer)
+                log_probs, nll, _ = _log_probs(logits, stat_type, part, temperature=temperature)
+                picked[own] = -nll
+                probs = log_probs.exp_()
+                entropy[own] = torch.special.entr(probs, out=probs).sum(-1)
+        ctx.mark_non_differentiable(entropy)
+        if any(needs):
+            # the weight itself: what the GEMM took it to would be a copy, and an engine that has let go of a parameter
+            # in between fills that one again
+            ctx.save_for_backward(x, weight, bias, labels)
+        ctx.settings = hidden.dtype, stat_type, chunk_tokens, temperature, form, needs
+        return picked, entropy.masked_fill_(labels == IGNORE_INDEX, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, no_grad_of_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, labels = ctx.saved_tensors
+        hidden_type, stat_type, chunk_tokens, temperature, form, needs = ctx.settings
+        w = weight.to(x.dtype)
+        gradients = _HeadGradients(x, weight, needs, stat_type)
+        pull = -(grad / temperature).masked_fill_(labels == IGNORE_INDEX, 0.0)[:, None]
+        with torch.autocast(x.device.type, enabled=False):
+            buffer = _logit_buffer(x, w, chunk_tokens)
+            for start, part in _chunks(labels, buffer.shape[0]):
+                own = slice(start, start + part.shape[0])
+                logits, slope = _logits(x[own], w, bias, form, buffer)
+                log_probs, _, _ = _log_probs(logits, stat_type, part, temperature=temperature)
+                d_logits = _logit_gradient(log_probs, part).mul_(pull[own])
+                gradients.add(start, x[own], w, _product_gradient(d_logits, slope, form))
+        return (*gradients.finished(hidden_type, weight, bias), None, None, None, None, None)
+
+
+class _HeadGradients:
+    """Gradients of a linear head's hidden states, weight and bias, chunk by chunk; None where not needed."""
+
+    def __init__(self, x: Tensor, weight: Tensor, needs: tuple[bool, ...], stat_type: torch.dtype) -> None:
+        self.hidden = torch.empty_like(x) if needs[0] else None
+        self.weight = torch.zeros_like(weight, dtype=stat_type) if needs[1] else None
+        self.bias = x.new_zeros(len(weight), dtype=stat_type) if needs[2] else None
+
+    def add(self, start: int, rows: Tensor, w: Tensor, d_products: Tensor) -> None:
+        """Of the chunk `rows` [n, H], which begins at `start`; w is the weight in the type of the GEMMs."""
+        d_products = d_products.to(rows.dtype)
+        if self.hidden is not None:
+            torch.mm(d_products, w, out=self.hidden[start : start + rows.shape[0]])
+        if self.weight is not None and self.weight.dtype == d_products.dtype:
+            self.weight.addmm_(d_products.t(), rows)
+        elif self.weight is not None:
+            self.weight += d_products.t() @ rows
+        if self.bias is not None:
+            self.bias += d_products.sum(0, dtype=self.bias.dtype)
+
+    def finished(
+        self, hidden_type: torch.dtype, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The three, each in the type of what it is the gradient of."""
+        return (
+            None if self.hidden is None else self.hidden.to(hidden_type),
+            None if self.weight is None else self.weight.to(weight.dtype),
+            None if self.bias is None or bias is None else self.bias.to(bias.dtype),
+        )
+
+
+def _needs_gradient(*inputs: Tensor | None) -> tuple[bool, ...]:
+    # a Function's own forward runs without grad mode, so this is settled before
+    grads = torch.is_grad_enabled()
+    return tuple(grads and x is not None and x.requires_grad for x in inputs)
 
 
 def _gemm_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
@@ -165,10 +249,16 @@ def _logits(
 
 
 def _log_probs(
-    logits: Tensor, stat_type: torch.dtype, labels: Tensor, with_log_z: bool = False
+    logits: Tensor,
+    stat_type: torch.dtype,
+    labels: Tensor,
+    with_log_z: bool = False,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probabilities [n, V], the loss of each row [n] and, if wanted, logsumexp of its logits [n]; the last two are
     0 for an ignored row. May write over the logits."""
+    if temperature != 1.0:
+        logits = logits.to(stat_type).div_(temperature)
     ignored = labels == IGNORE_INDEX
     targets = labels.masked_fill(ignored, 0)[:, None]
     # log_softmax may write over the logits; one of each row, kept, gives the normaliser back: logit - log-probability

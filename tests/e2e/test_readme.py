@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import run_cli, tiny, write_config
+from tests.gad_material import teacher, tiny_gad
 from tests.sft_material import LORA, base_model, conversations, tiny_sft
 from trainway.config.load import load_config, preset_names
 from trainway.planning.geometry import describe_plan
@@ -45,6 +46,10 @@ def test_commands_run_in_order(
         del tuning["run_dir"], tuning["model"], tuning["data"]["train"]
         tuning["train"]["total_steps"] = 5
         write_config(tmp_path / f"{preset}.yaml", tuning)
+    teacher(tmp_path / "teacher.jsonl")
+    distilling = tiny_gad(Path(), Path(), store_dir, tmp_path, gad={"warmup_steps": 2, "adversarial_steps": 1})
+    del distilling["run_dir"], distilling["model"], distilling["data"]["train"]
+    write_config(tmp_path / "gad_small.yaml", distilling)
     monkeypatch.chdir(tmp_path)
     run = 0
     for command in commands():
@@ -59,8 +64,8 @@ def test_commands_run_in_order(
         done = run_cli(*words)
         assert done.stdout or done.stderr, command
         run += 1
-    assert run >= 25
-    for model in ("my-model", "sharded-model", "tuned-model", "merged"):
+    assert run >= 32
+    for model in ("my-model", "sharded-model", "tuned-model", "merged", "student", "reward-model"):
         assert (tmp_path / model / "model.safetensors").exists()
     assert (tmp_path / "adapter/adapter_model.safetensors").exists()
 

@@ -16,6 +16,7 @@ LAYERS = (
     {"planning", "config", "run_dir", "files", "errors", "logs", "provenance"},
     {"engines", "checkpoint", "models", "data", "tracking", "losses", "muon", "optim", "schedules"},
     {"training", "rollout"},
+    {"gad"},
     {"recipes", "release", "launch", "report", "doctor"},
     {"cli", "__main__"},
 )

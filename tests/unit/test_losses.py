@@ -1,10 +1,12 @@
-"""The chunked cross-entropy against torch's own, values and gradients."""
+"""The chunked cross-entropy and log-probabilities against torch's own: values, gradients, memory."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from trainway.losses import IGNORE_INDEX, LogitForm, linear_cross_entropy, token_nll
+from trainway.losses import IGNORE_INDEX, LogitForm, linear_cross_entropy, linear_log_probs
 
 
 def _case(rows=37, width=16, vocab=53, dtype=torch.float32, ignored=True):
@@ -88,15 +90,6 @@ def test_backward_leaves_the_gradients_usable_twice():
 def test_large_logits_stay_finite():
     hidden, weight, labels = torch.full((2, 1), 1e3), torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 1])
     torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, 8), torch.tensor(2e3))
-
-
-def test_token_nll_sums_to_the_loss():
-    hidden, weight, labels = _case()
-    per_token = token_nll(hidden, weight, labels, 8)
-    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="none", ignore_index=IGNORE_INDEX)
-    torch.testing.assert_close(per_token, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(per_token.sum(), linear_cross_entropy(hidden, weight, labels, 8))
-    assert token_nll(hidden[:0], weight, labels[:0], 8).shape == (0,)
 
 
 def _plain_losses(hidden, weight, labels, z_loss):
@@ -226,3 +219,145 @@ def test_forms_under_autocast():
     for a, b in zip(ours, theirs, strict=True):
         assert a.grad.dtype == torch.float32
         assert (a.grad - b.grad).norm() < 3e-2 * b.grad.norm()
+
+
+def _plain_log_probs(hidden, weight, bias, labels, temperature, form=FORMS[-1]):
+    """Log-probabilities and entropies, with logits whole and gradients by autograd."""
+    logits = _formed(hidden, weight, bias, form)
+    log_probs = torch.log_softmax(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, -1
+    )
+    picked = log_probs.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    ignored = labels == IGNORE_INDEX
+    return picked.masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0)
+
+
+def _biased_case(**shape):
+    hidden, weight, labels = _case(**shape)
+    generator = torch.Generator().manual_seed(1)
+    bias = torch.randn(len(weight), dtype=weight.dtype, generator=generator)
+    pull = torch.randn(len(hidden), dtype=weight.dtype, generator=generator)
+    return hidden, weight, bias, labels, pull
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_log_probs_equal_autograd(chunk, temperature, form, dtype, tolerance):
+    hidden, weight, bias, labels, pull = _biased_case(dtype=dtype)
+    ours, theirs = ([x.clone().requires_grad_() for x in (hidden / 4, weight, bias)] for _ in range(2))
+    found, entropy = linear_log_probs(
+        *ours[:2], labels, chunk, temperature=temperature, bias=ours[2], form=form
+    )
+    expected, expected_entropy = _plain_log_probs(*theirs, labels, temperature, form)
+    (found * pull).sum().backward()
+    (expected * pull).sum().backward()
+    assert found.dtype == entropy.dtype == dtype and not entropy.requires_grad
+    assert not found[::5].any() and not entropy[::5].any()
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=4 * tolerance)
+    torch.testing.assert_close(entropy, expected_entropy.detach(), rtol=tolerance, atol=4 * tolerance)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.grad - b.grad).norm() < tolerance * b.grad.norm()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_log_probs_gradcheck(form):
+    hidden, weight, bias, labels, _ = _biased_case(rows=7, width=4, vocab=6, dtype=torch.float64)
+    inputs = tuple(x.requires_grad_() for x in (hidden, weight, bias))
+
+    def log_probs(hidden, weight, bias):
+        return linear_log_probs(hidden, weight, labels, 3, temperature=0.7, bias=bias, form=form)[0]
+
+    assert torch.autograd.gradcheck(log_probs, inputs)
+
+
+def test_log_probs_sum_to_the_cross_entropy_with_its_gradients():
+    hidden, weight, labels = _case()
+    ours, theirs = ([x.clone().requires_grad_() for x in (hidden, weight)] for _ in range(2))
+    loss, expected = -linear_log_probs(*ours, labels, 8)[0].sum(), linear_cross_entropy(*theirs, labels, 8)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_log_probs_under_autocast():
+    """The GEMMs run in half precision, forward and backward; temperature and statistics are fp32."""
+    hidden, weight, _, labels, pull = _biased_case(rows=64, width=64, vocab=200, ignored=False)
+    ours, theirs = ([x.clone().requires_grad_() for x in (hidden, weight)] for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, entropy = linear_log_probs(*ours, labels, 16, temperature=0.7)
+        logits = F.linear(*theirs)
+    assert logits.dtype == torch.bfloat16 and found.dtype == entropy.dtype == torch.float32
+    log_probs = torch.log_softmax(logits.float() / 0.7, -1)
+    expected = log_probs.gather(1, labels[:, None])[:, 0]
+    (found * pull).sum().backward()
+    (expected * pull).sum().backward()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(entropy, -(log_probs.exp() * log_probs).sum(-1).detach(), rtol=1e-5, atol=1e-6)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.grad.dtype == torch.float32
+        assert (a.grad - b.grad).norm() < 1e-2 * b.grad.norm()
+
+
+def test_log_probs_of_frozen_inputs():
+    hidden, weight, bias, labels, _ = _biased_case()
+    for trained in range(3):
+        inputs = [x.clone().requires_grad_(i == trained) for i, x in enumerate((hidden, weight, bias))]
+        linear_log_probs(*inputs[:2], labels, 8, bias=inputs[2])[0].sum().backward()
+        assert [x.grad is not None for x in inputs] == [i == trained for i in range(3)]
+    with torch.no_grad():
+        assert not linear_log_probs(inputs[0], weight, labels, 8, bias=inputs[2])[0].requires_grad
+
+
+def test_a_frozen_head_has_no_gradient_made_of_its_log_probs():
+    hidden, weight, labels = _case(rows=8, width=4, vocab=1000)
+    log_probs, _ = linear_log_probs(hidden.requires_grad_(), weight, labels, 2)
+    with _Sizes() as sizes:
+        log_probs.sum().backward()
+    assert (1000, 4) not in sizes.shapes and (8, 4) in sizes.shapes
+
+
+def test_no_log_probs_are_empty_with_zero_gradients():
+    hidden, weight, bias, labels, _ = _biased_case()
+    inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
+    log_probs, entropy = linear_log_probs(hidden[:0], weight, labels[:0], 8, bias=bias)
+    assert log_probs.shape == entropy.shape == (0,)
+    log_probs.sum().backward()
+    assert all(x.grad is not None and not x.grad.any() for x in inputs)
+
+
+def test_log_probs_of_large_logits():
+    # logits 1000 and -1000: of the likelier the log-probability is 0, and there is no doubt which it will be
+    hidden, weight = torch.full((2, 1), 1e3), torch.tensor([[1.0], [-1.0]])
+    log_probs, entropy = linear_log_probs(hidden, weight, torch.tensor([0, 1]), 8, temperature=0.5)
+    assert log_probs.tolist() == [0.0, -4000.0] and entropy.tolist() == [0.0, 0.0]
+
+
+class _Sizes(TorchDispatchMode):
+    """The shapes of all tensors that operations return."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.shapes |= {tuple(x.shape) for x in tree_leaves(result) if isinstance(x, torch.Tensor)}
+        return result
+
+
+@pytest.mark.parametrize("form", [FORMS[2], FORMS[-1]])
+def test_at_most_a_chunk_of_logits_is_alive(form):
+    hidden, weight, labels = _case(rows=64, width=4, vocab=1000, ignored=False)
+    inputs = hidden.requires_grad_(), weight.requires_grad_()
+    with _Sizes() as sizes:
+        linear_log_probs(*inputs, labels, 8, temperature=0.7, form=form)[0].sum().backward()
+        linear_cross_entropy(*inputs, labels, 8, form=form).backward()
+    assert max(shape[0] for shape in sizes.shapes if shape[1:] == (1000,)) == 8
+    with _Sizes() as sizes:
+        _plain_log_probs(*inputs, torch.zeros(1000), labels, 0.7, form)
+    assert (64, 1000) in sizes.shapes

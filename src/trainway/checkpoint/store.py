@@ -49,6 +49,8 @@ class CheckpointStore:
             raise ConfigError(f"checkpoint.keep_last is {keep_last}", fix="keep at least 1")
         self.directory = directory
         self.keep_last = keep_last
+        self.pinned: set[int] = set()
+        """Steps that are kept whatever their age."""
 
     # ---- writing
 
@@ -63,7 +65,7 @@ class CheckpointStore:
         """Save a checkpoint whose files `write` puts, in sub-directories if it likes, into the directory it is given.
 
         An intact checkpoint of the same step stays as it is; a corrupt one is replaced. Older checkpoints beyond
-        keep_last go, the best one excepted. Raises EnvironmentFault if the disk is full, read-only or failing; what
+        keep_last go, the best one and pinned ones excepted. Raises EnvironmentFault if the disk is full, read-only or failing; what
         was there before is untouched then, and the temporary directory is removed.
         """
         temp = self.begin(step)
@@ -238,7 +240,7 @@ class CheckpointStore:
     def _prune(self, saved: int) -> None:
         # by step number: the clock may jump, and copying a run directory changes every time stamp
         steps = self.steps()
-        keep = {*steps[-self.keep_last :], saved, self._link_target("best")}
+        keep = {*steps[-self.keep_last :], *self.pinned, saved, self._link_target("best")}
         for step in steps:
             if step not in keep:
                 self._retire(step)

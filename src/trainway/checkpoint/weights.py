@@ -36,6 +36,8 @@ from trainway.files import read_json
 MAX_SHARD_SIZE = "5GB"
 STEM = "model"
 INDEX_FILE = "model.safetensors.index.json"
+DISCRIMINATOR_DIR = "discriminator"
+"""Directory within a checkpoint that is laid out as the checkpoint is, with the discriminator's files."""
 
 _CURE = "use another checkpoint"
 
@@ -255,7 +257,7 @@ def _write_config(model: Any, directory: Path, weights: Mapping[str, Piece]) -> 
     config.dtype = functools.reduce(torch.promote_types, {piece.tensor.dtype for piece in weights.values()})
     config.architectures = [type(model).__name__]
     config.save_pretrained(directory)
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(directory)
 
 

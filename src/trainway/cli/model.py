@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,6 +11,8 @@ from trainway.cli.terminal import emit, emit_json
 
 Model = Annotated[Path, typer.Argument(help="A run, a checkpoint, or a model directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+Part = Literal["model", "discriminator"]
 
 
 def register(app: typer.Typer) -> None:
@@ -68,6 +70,9 @@ def export(
     out: Annotated[Path, typer.Option(help="New directory for the model.")],
     which: Annotated[str, typer.Option(help="best, latest, or a step.")] = "best",
     merge: Annotated[bool, typer.Option("--merge", help="Merge a LoRA run's adapter into its base.")] = False,
+    part: Annotated[
+        Part, typer.Option(help="The model, or a gad run's discriminator: a reward model.")
+    ] = "model",
 ) -> None:
     """Write a checkpoint's model and tokenizer as a directory that transformers loads; of a LoRA run the adapter.
 
@@ -76,4 +81,4 @@ def export(
     from trainway.cli.arguments import parse_which
     from trainway.release.bundle import export as export_run
 
-    emit(f"ok: {export_run(run, out, which=parse_which(which), merge=merge)}")
+    emit(f"ok: {export_run(run, out, which=parse_which(which), merge=merge, part=part)}")

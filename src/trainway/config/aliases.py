@@ -93,6 +93,27 @@ ALIASES: dict[str, str] = {
     "dtype": "train.precision",
     "gradient_checkpointing": "train.activation_checkpointing",
     "torch_compile": "train.compile",
+    "prompt_key": "data.prompt_field",
+    "response_key": "data.response_field",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "max_response_length": "data.max_response_tokens",
+    "max_completion_length": "data.max_response_tokens",
+    "train_batch_size": "train.global_batch_size",
+    "val_files": "data.validation",
+    "val_batch_size": "eval.num_prompts",
+    "data.train_batch_size": "train.global_batch_size",
+    "data.val_batch_size": "eval.num_prompts",
+    "ppo_mini_batch_size": "gad.prompts_per_update",
+    "ppo_max_token_len_per_gpu": "gad.tokens_per_gpu",
+    "kl_loss_coef": "gad.kl_coef",
+    "clip_ratio": "gad.clip_range",
+    "critic_warmup": "gad.discriminator_only_steps",
+    "reward_model": "gad.discriminator",
+    "num_generations": "rollout.num_per_prompt",
+    "tensor_model_parallel_size": "rollout.tensor_parallel",
+    "gpu_memory_utilization": "rollout.memory_share",
+    "save_freq": "checkpoint.save_every",
+    "test_freq": "eval.every",
     "use_lora": "lora.enabled",
     "use_peft": "lora.enabled",
     "adapter": "lora.enabled",
@@ -143,14 +164,21 @@ ALIASES: dict[str, str] = {
 }
 """Names of other tools. A bare field name that is unique (`total_steps`, `warmup_steps`) needs no entry here."""
 
-BARE: dict[str, str] = {"max_seq_len": "train.seq_len"}
-"""Fields that mean another setting where their section is not given: elsewhere max_seq_len is the length of a row."""
+BARE: dict[str, str] = {
+    "max_seq_len": "train.seq_len",
+    "warmup_steps": "schedule.warmup_steps",
+    "temperature": "eval.temperature",
+}
+"""Fields that mean one setting where their section is not given: elsewhere max_seq_len is the length of a row, and
+warmup_steps are those of the learning rate."""
 
 SECTION_VALUES: dict[str, str] = {
     "model": "model.path",
     "tokenizer": "tokenizer.path",
     "data": SOURCES,
     "lora": "lora.enabled",
+    "gad": "gad.stage",
+    "rollout": "rollout.engine",
     "optim": "optim.name",
     "schedule": "schedule.name",
     "engine": "engine.name",

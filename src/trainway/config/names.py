@@ -166,6 +166,8 @@ def _resolve(written: str, origin: str) -> str:
     head, _, leaf = written.rpartition(".")
     if head in table and leaf.isdigit() and get_origin(table[head].annotation) is tuple:
         return written
+    if written in ALIASES:
+        return ALIASES[written]
     target = ALIASES.get(leaf)
     if target and (not head or target.startswith(f"{head}.")):
         return target

@@ -109,8 +109,16 @@ class DataConfig(Section):
     packing: Literal["documents", "concat", "none"] = "documents"
     """documents: rows are full and attention never crosses a document (sft: whole conversations, best fit); concat:
     one stream, attention crosses (pretrain only); none: one conversation a row, padded (sft only)."""
+    prompt_field: str = "content"
+    """gad: the field that holds the conversation up to the teacher's turn."""
+    response_field: str = "teacher_response"
+    """gad: the field that holds what the teacher answered."""
+    max_prompt_tokens: PositiveInt = 2048
+    """gad: longest prompt; what data.over_length does with a longer one never takes the newest turn."""
+    max_response_tokens: PositiveInt = 1536
+    """gad: longest answer, of the teacher and of the student; a longer one of the teacher is cut under truncate."""
     chat_template: str | None = None
-    """How sft renders conversations: a .jinja file, or the name of a known one; empty means the tokenizer's own."""
+    """How sft and gad render conversations: a .jinja file, or the name of a known one; empty means the tokenizer's own."""
     train_on: Literal["assistant", "completion", "all"] = "assistant"
     """What sft learns: every assistant turn, the last one alone, or every token."""
     over_length: Literal["truncate", "drop", "error"] = "truncate"
@@ -191,6 +199,71 @@ class LoraConfig(Section):
     """Modules that are trained whole and saved with the adapters, such as lm_head."""
     quantize: Literal["none", "4bit"] = "none"
     """Hold the frozen model in 4 bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314); needs the extra qlora."""
+
+
+class GadConfig(Section):
+    """Adversarial distillation from a teacher of which only the text is known (GAD, arXiv 2511.10643)."""
+
+    stage: Literal["seqkd", "warmup", "adversarial", "all"] = "all"
+    """seqkd: learn the teacher's answers alone, the baseline; warmup: a discriminator learns to tell them from the
+    student's, then the student learns them too; adversarial: the discriminator's score is the student's reward; all:
+    warmup, then adversarial."""
+    seqkd_epochs: PositiveFloat = 2
+    """Passes over the prompts in stage seqkd."""
+    warmup_epochs: PositiveFloat = 2
+    """Passes over the prompts in stage warmup."""
+    adversarial_epochs: PositiveFloat = 4
+    """Passes over the prompts in stage adversarial."""
+    seqkd_steps: PositiveInt | None = None
+    """Steps of stage seqkd; empty means they follow from seqkd_epochs."""
+    warmup_steps: PositiveInt | None = None
+    """Steps of stage warmup; empty means they follow from warmup_epochs."""
+    adversarial_steps: PositiveInt | None = None
+    """Steps of stage adversarial; empty means they follow from adversarial_epochs."""
+    warmup_run: str | None = None
+    """Where stage adversarial begins: a run directory of a warm-up, for its newest checkpoint, or one checkpoint's."""
+    discriminator_only_steps: NonNegativeInt = 10
+    """First steps of the warm-up in which the discriminator alone learns."""
+    discriminator: str | None = None
+    """A model of the same tokenizer to start the discriminator from, as in model.path; empty means the student's."""
+    discriminator_lr: PositiveFloat | None = None
+    """Peak learning rate of the discriminator; empty means optim.lr."""
+    seqkd_lr: PositiveFloat = 5e-6
+    """Peak learning rate of stage seqkd."""
+    tokens_per_gpu: PositiveInt = 12288
+    """Tokens, prompts and answers, that one rank takes through a model at once; a longer sequence goes alone."""
+    prompts_per_update: PositiveInt | None = None
+    """Prompts of one update of the student in stage adversarial; empty means all of a step, and then no ratio is
+    ever clipped."""
+    kl_coef: NonNegativeFloat = 0.001
+    """Weight of the divergence from the student that the adversarial stage began with; 0 leaves it out."""
+    clip_range: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """The policy's ratio counts from 1 - clip_range to 1 + clip_range (PPO, arXiv 1707.06347)."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bound of the ratio where the advantage is negative (arXiv 1912.09729); empty leaves it out."""
+
+
+class RolloutConfig(Section):
+    """How gad lets the student answer."""
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """transformers: in the training's own processes, with its weights; vllm: a server that takes the weights each step."""
+    batching: Literal["static", "continuous"] = "static"
+    """transformers: prompts of a batch end together, or each gives its place to the next one."""
+    num_per_prompt: Annotated[int, Field(ge=2)] = 8
+    """Answers to each prompt."""
+    temperature: PositiveFloat = 0.8
+    """Sampling temperature; the policy's probabilities are taken at it too."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample among the likeliest tokens of this share."""
+    batch_size: PositiveInt = 64
+    """Answers that one rank writes at once."""
+    tensor_parallel: PositiveInt = 1
+    """vllm: GPUs that one copy of the student is spread over."""
+    memory_share: Annotated[float, Field(gt=0, lt=1)] = 0.7
+    """vllm: share of a GPU's memory."""
+    url: str | None = None
+    """vllm: a server that runs already, such as http://127.0.0.1:8000; empty means one is started."""
 
 
 class OptimConfig(Section):
@@ -287,6 +360,8 @@ class EvalConfig(Section):
     """Length of a sample, in tokens."""
     temperature: NonNegativeFloat = 0.0
     """Sampling temperature; 0 takes the likeliest token."""
+    num_prompts: PositiveInt = 600
+    """gad: prompts of the validation split that are answered at each evaluation, spread evenly over it."""
     after_training: bool = True
     """After the last step, answer the prompts once more with the best checkpoint; off: the run ends at once."""
 
@@ -319,8 +394,9 @@ class ReleaseConfig(Section):
 class RunConfig(Section):
     """One run, from data to exported model."""
 
-    recipe: Literal["pretrain", "sft"] = "pretrain"
-    """What is trained, and on what. pretrain: every token of documents; sft: the answers in conversations."""
+    recipe: Literal["pretrain", "sft", "gad"] = "pretrain"
+    """What is trained, and on what. pretrain: every token of documents; sft: the answers in conversations; gad: a
+    student on a teacher's answers, against a discriminator."""
     description: str = ""
     """One sentence for people."""
     name: str | None = None
@@ -336,6 +412,8 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
+    gad: GadConfig = GadConfig()
+    rollout: RolloutConfig = RolloutConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     engine: EngineConfig = EngineConfig()

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from trainway.config.mixes import source_name, train_sources
 from trainway.config.schema import RunConfig
 from trainway.data.chat import ChatEncoder
-from trainway.data.conversations import refuse_too_long, write_conversations
+from trainway.data.conversations import longest_row, refuse_too_long, write_conversations
 from trainway.data.dedup import Deduplicator
 from trainway.data.documents import (
     HeldOut,
@@ -35,6 +35,7 @@ from trainway.data.store import (
     StoreManifest,
     StoreWriter,
 )
+from trainway.data.teacher import TeacherEncoder
 from trainway.data.tokenise import has_bos, tokenise
 from trainway.data.tokenizer import (
     load_tokenizer,
@@ -48,6 +49,8 @@ from trainway.data.turns import Progress
 from trainway.errors import ConfigError, DataError
 
 BAD_RECORDS = "bad-records"
+OF_CONVERSATIONS = ("sft", "gad")
+"""The recipes that read conversations, in the tokens of a model that is there; the others read documents."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +121,16 @@ def settle(
         check_vocab_size(config, vocab_size(given))
     cache = root / Path(config.data.store_dir).expanduser()
     encoder = None
-    if config.recipe == "sft":
+    if config.recipe in OF_CONVERSATIONS:
         assert given is not None
-        encoder = ChatEncoder(given, config.data, config.train.seq_len)
+        encoder = _encoder(config, given)
         config = config.model_copy(update={"data": with_local_sources(config.data, root, cache, report)})
     inputs = find_inputs(config.data, root, cache, report, began)
     content = _content(config, inputs, given)
     if encoder is not None:
         content = {**content, "recipe": config.recipe, "encoder": encoder.identity()}
+    if config.recipe == "gad":
+        content["fields"] = [config.data.prompt_field, config.data.response_field]
     return Job(config, cache, inputs, given, content, report, began, encoder)
 
 
@@ -221,7 +226,7 @@ def finish_store(
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
         sources=sources,
-        **left_out.facts(job.config.train.seq_len if job.encoder else None),
+        **left_out.facts(longest_row(job.config) if job.encoder else None),
     )
 
 
@@ -272,7 +277,7 @@ def _write_conversations(
     _set_aside(job, tally.bad, writer, part)
     if job.config.data.over_length == "error":
         listing = job.cache / f"{Path(LEFT_OUT).stem}{part}.jsonl"
-        refuse_too_long(tally, writer.path / LEFT_OUT, listing, job.config.train.seq_len)
+        refuse_too_long(tally, writer.path / LEFT_OUT, listing, job.config)
     return LeftOut(
         len(tally.bad), tally.duplicates, tally.too_long, tally.truncated, tally.turns_left_out, tally.cut
     )
@@ -286,13 +291,19 @@ def _set_aside(job: Job, bad: list[BadRecord], writer: StoreWriter, part: str) -
         (writer.path / QUARANTINE).write_text(json_lines(bad), encoding="utf-8")
 
 
+def _encoder(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> ChatEncoder:
+    if config.recipe == "gad":
+        return TeacherEncoder(tokenizer, config.data)
+    return ChatEncoder(tokenizer, config.data, longest_row(config))
+
+
 def _tokenizer_path(
     config: RunConfig, root: Path, tokenizer_dir: Path | None, report: Progress
 ) -> Path | None:
     """The tokenizer to reuse; None where one is to be trained."""
     if config.tokenizer.path:
         return root / Path(config.tokenizer.path).expanduser()
-    if config.recipe != "sft":
+    if config.recipe not in OF_CONVERSATIONS:
         return None
     if tokenizer_dir is not None:
         return tokenizer_dir
@@ -329,7 +340,7 @@ def _check_settings(config: RunConfig) -> None:
             f"data.val_ratio {data.val_ratio:g} leaves no {left} document",
             fix="set data.val_ratio to about 0.01, or name validation sources: data.validation=[...]",
         )
-    if not config.tokenizer.path and config.recipe != "sft":
+    if not config.tokenizer.path and config.recipe not in OF_CONVERSATIONS:
         check_vocab_size(config, config.tokenizer.vocab_size)
 
 

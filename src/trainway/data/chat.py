@@ -208,7 +208,8 @@ class ChatEncoder:
         return Encoded(tokens, trained)
 
     def _look_for_special_tokens(self, text: str) -> None:
-        if self._special_pattern is not None and (found := self._special_pattern.search(text)):
+        pattern = self._special_pattern  # read once: another thread may have said it meanwhile
+        if pattern is not None and (found := pattern.search(text)):
             self._special_pattern = None  # once is enough
             self.warnings.append(
                 f"a text row holds {found[0]!r}: in rows of plain text it is read as text, not as the special token"

@@ -73,6 +73,13 @@ class ConversationRows:
         ]
         return _make_batch(splits, rows, self._width(rows), self._is_packed)
 
+    def document(self, stream: int, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and mask of the one document of an unpacked row: [T] unsigned and [T] uint8, views where possible."""
+        split = self._streams[stream].split
+        starts, lengths = self._streams[stream].spans(place)
+        start, stop = int(starts[0]), int(starts[0] + lengths[0])
+        return split.tokens(start, stop), split.mask(start, stop)
+
     def spread(self, max_tokens: int | None) -> np.ndarray:
         """Places of the first stream's rows in order, evenly spread and of about `max_tokens` in all, at least one."""
         whole, tokens = self.rows_per_epoch[0], self._streams[0].split.num_tokens

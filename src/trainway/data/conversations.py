@@ -18,7 +18,7 @@ from trainway.data.chat import ChatEncoder, Encoded, Refused
 from trainway.data.dedup import Deduplicator
 from trainway.data.documents import LISTED_RECORDS, HeldOut
 from trainway.data.inputs import InputFile
-from trainway.data.records import FieldNames, Record, read_records
+from trainway.data.records import FieldNames, Kind, Record, read_records
 from trainway.data.rows import BadRecord, BadRow
 from trainway.data.store import LEFT_OUT, StoreWriter
 from trainway.errors import DataError
@@ -68,7 +68,14 @@ def write_conversations(
     return tally
 
 
-def refuse_too_long(tally: Tally, listed: Path, listing: Path, seq_len: int) -> None:
+def longest_row(config: RunConfig) -> int:
+    """The most tokens that a row may have; of gad's, prompt and answer together."""
+    if config.recipe == "gad":
+        return config.data.max_prompt_tokens + config.data.max_response_tokens
+    return config.train.seq_len
+
+
+def refuse_too_long(tally: Tally, listed: Path, listing: Path, config: RunConfig) -> None:
     """Raise DataError for the rows that are too long, if any; their list `listed` becomes `listing`."""
     if not tally.too_long:
         return
@@ -77,10 +84,18 @@ def refuse_too_long(tally: Tally, listed: Path, listing: Path, seq_len: int) -> 
     named = [f"{entry['source']}:{entry['line']}: {entry['why']}" for entry in entries[:LISTED_RECORDS]]
     if tally.too_long > LISTED_RECORDS:
         named.append(f"and {tally.too_long - LISTED_RECORDS} more")
+    limits = {"train.seq_len": config.train.seq_len}
+    if config.recipe == "gad":
+        data = config.data
+        limits = {
+            "data.max_prompt_tokens": data.max_prompt_tokens,
+            "data.max_response_tokens": data.max_response_tokens,
+        }
+    longer = " or ".join(f"{name} {limit}" for name, limit in limits.items())
     raise DataError(
-        f"{tally.too_long} row{'s are' if tally.too_long > 1 else ' is'} longer than train.seq_len {seq_len}",
+        f"{tally.too_long} row{'s are' if tally.too_long > 1 else ' is'} longer than {longer}",
         "\n".join(named),
-        f"shorten them ({listing} lists all), raise train.seq_len, or set data.over_length to truncate or drop",
+        f"shorten them ({listing} lists all), raise {' or '.join(limits)}, or set data.over_length to truncate or drop",
     )
 
 
@@ -100,11 +115,11 @@ def _rows(
     report: Callable[[int], None],
 ) -> Iterator[_Row | BadRecord]:
     held_out = HeldOut(config)
-    names = FieldNames().named(text=config.data.text_field)
+    names, kind = _expected(config)
     before = 0
     for file in files:
         rows = done = shown = 0
-        for row in read_records(file.source.path, config.data.max_document_mib, names=names):
+        for row in read_records(file.source.path, config.data.max_document_mib, names=names, kind=kind):
             rows += 1
             done += row.size if isinstance(row, BadRow) else len(row.raw or b"")
             if done - shown > REPORT_BYTES:
@@ -123,6 +138,17 @@ def _rows(
             )
         before += file.source.size
         report(before)
+
+
+def _expected(config: RunConfig) -> tuple[FieldNames, Kind]:
+    """The names of the fields, and the shape that rows must have."""
+    data = config.data
+    names = FieldNames().named(text=data.text_field)
+    if config.recipe != "gad":
+        return names, "auto"
+    own = names.named(content=data.prompt_field, teacher_response=data.response_field)
+    # who names the fields has rows of them: others that are there, such as `messages`, do not count then
+    return own, "auto" if own == names else "teacher"
 
 
 def _batches(rows: Iterator[_Row | BadRecord]) -> Iterator[list[_Row | BadRecord]]:

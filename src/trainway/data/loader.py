@@ -13,18 +13,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import xxhash
 
 from trainway.data.batch import IGNORE_INDEX, Batch, Packing
 from trainway.data.conversation_rows import ConversationRows, conversation_validation
 from trainway.data.mix import Mix
+from trainway.data.row_order import Placing, RowOrder
 from trainway.data.store import TokenSplit
 from trainway.data.windows import WindowRows, window_validation
 from trainway.errors import ConfigError
 
 __all__ = ["IGNORE_INDEX", "Batch", "Loader", "Packing", "RowSource", "StepBatch", "validation_batches"]
-
-PLACED_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -38,30 +36,14 @@ class StepBatch:
     sample_hash: str  # xxh3_64 of the step's global sample ids: the same on every rank and world size
 
 
-class RowSource(Protocol):
+class RowSource(Placing, Protocol):
     """The rows of one or more streams: where each lies, and the batch of some of them."""
-
-    rows_per_epoch: tuple[int, ...]
-    """Of each stream."""
-
-    def place(self, stream: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ids, unique per (epoch, row), and places of a stream's rows, by their numbers in the run: int64 arrays."""
 
     def arrange(self, streams: Sequence[int], places: np.ndarray) -> np.ndarray | None:
         """The order in which a step's rows are dealt to micro-batches and ranks; None: as they come."""
 
     def batch(self, streams: Sequence[int], places: np.ndarray) -> Batch:
         """The micro-batch of the rows at `places`, row i of the stream streams[i]."""
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Consecutive rows of the run: what each is called and where it is read."""
-
-    first: int  # number of the first row
-    samples: np.ndarray  # [rows] int64 ids, unique per (source, epoch, row)
-    streams: list[int]  # of each row: which stream it is read from
-    places: np.ndarray  # [rows] int64, where in those streams
 
 
 class Loader:
@@ -94,31 +76,25 @@ class Loader:
                 fix=f"use a multiple of {micro_batch_size * world_size}",
             )
         streams = (streams,) if isinstance(streams, TokenSplit) else tuple(streams)
-        assert len(streams) == (len(mix.names) if mix else 1)
         kind = ConversationRows if streams[0].has_mask else WindowRows
         self._source: RowSource = kind(
             streams, seq_len=seq_len, packing=packing, seed=seed, shuffle=shuffle, mixed=mix is not None
         )
-        assert mix is None or mix.rows == self._source.rows_per_epoch
+        self._order = RowOrder(self._source, rows_per_step=global_batch_size, seed=seed, mix=mix)
         self._rows_per_step = global_batch_size
         self._micro_rows = micro_batch_size
-        self._seed = seed
-        self._mix = mix
         self._rank = rank
         self._world_size = world_size
-        self.rows_per_epoch = mix.rows_per_epoch if mix else self._source.rows_per_epoch[0]
-        # Placing many rows costs hardly more than placing one: small steps share the work.
-        self._steps_at_once = max(1, PLACED_ROWS // global_batch_size)
-        self._placed: _Rows | None = None  # the rows placed last, which other steps may need too
+        self.rows_per_epoch = self._order.rows_per_epoch
 
     @property
     def steps_per_epoch(self) -> int:
         """Whole steps in an epoch, at least 1; a step may straddle two epochs."""
-        return max(1, self.rows_per_epoch // self._rows_per_step)
+        return self._order.steps_per_epoch
 
     def step(self, step: int) -> StepBatch:
         """The batch of `step`, counted from 1, as if the steps before had been taken."""
-        rows = self._rows(step)
+        rows = self._order.step(step)
         streams, places = rows.streams, rows.places
         order = self._source.arrange(streams, places)
         if order is not None:
@@ -129,12 +105,11 @@ class Loader:
         for first in range(offset, self._rows_per_step, stride):
             chosen = slice(first, first + self._micro_rows)
             batches.append(self._source.batch(streams[chosen], places[chosen]))
-        digest = xxhash.xxh3_64_hexdigest(rows.samples.astype("<i8").tobytes())
         targets, tokens = (
             sum(batch.num_targets for batch in batches),
             sum(batch.num_tokens for batch in batches),
         )
-        return StepBatch(step, tuple(batches), targets, tokens, digest)
+        return StepBatch(step, tuple(batches), targets, tokens, rows.sample_hash)
 
     def steps(self, start: int, stop: int, prefetch: int) -> Generator[StepBatch, None, None]:
         """The batches of the steps [start, stop); a thread holds up to `prefetch` of them ready.
@@ -142,30 +117,6 @@ class Loader:
         The thread ends with the iterator, however that ends; an error in it is raised here.
         """
         return _read_ahead(self.step, start, stop, prefetch)
-
-    def _rows(self, step: int) -> _Rows:
-        """The global rows of the step, on every rank the same."""
-        first = (step - 1) * self._rows_per_step
-        together = self._steps_at_once * self._rows_per_step
-        placed = self._placed
-        if placed is None or not placed.first <= first < placed.first + len(placed.places):
-            placed = self._placed = self._place(first - first % together, together)
-        own = slice(first - placed.first, first - placed.first + self._rows_per_step)
-        return _Rows(first, placed.samples[own], placed.streams[own], placed.places[own])
-
-    def _place(self, first: int, count: int) -> _Rows:
-        rows = np.arange(first, first + count, dtype=np.int64)
-        if self._mix is None:
-            samples, places = self._source.place(0, rows)
-            return _Rows(first, samples, [0] * count, places)
-        sources, numbers = self._mix.place(rows, self._seed)
-        samples, places = np.empty_like(rows), np.empty_like(rows)
-        num_streams = len(self._mix.names)
-        for index in range(num_streams):
-            own = sources == index
-            ids, places[own] = self._source.place(index, numbers[own])
-            samples[own] = ids * num_streams + index
-        return _Rows(first, samples, sources.tolist(), places)
 
 
 def validation_batches(

@@ -57,8 +57,9 @@ def prepare(
     """Make the token store of `config.data`, or find the one made before from the same content; verify it.
 
     Relative paths are below `root` (the working directory). Safe to call from several processes at once.
-    For recipe sft the store holds conversations with their targets, in the tokens of tokenizer.path, else of
-    `tokenizer_dir`, else of model.path, which is downloaded if it is not here.
+    For recipes sft and gad the store holds conversations with their targets, for gad prompts with the teacher's
+    answers, in the tokens of tokenizer.path, else of `tokenizer_dir`, else of model.path, which is downloaded if it
+    is not here.
     With `num_workers` only the part of worker `worker_index` (from 0; `auto`: JOB_COMPLETION_INDEX) is made, and
     merge_parts makes the store of all parts.
     Raises DataError for missing, altered or malformed data (only the list of bad records is kept then),

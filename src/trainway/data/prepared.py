@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from trainway.config.schema import RunConfig
 from trainway.data.building import Job, check_vocab_size
 from trainway.data.conversation_rows import count_rows
 from trainway.data.inputs import present_sources
@@ -65,7 +66,12 @@ def open_prepared(job: Job, own: Turn, cached: bool) -> PreparedData:
     check_vocab_size(job.config, store.manifest.vocab_size)
     rows = _conversation_rows(job, store)
     mix = _mix(job, store, rows)
-    summary = _summary(store.manifest) if rows is None else _conversation_summary(job, store.manifest, rows)
+    if rows is None:
+        summary = _summary(store.manifest)
+    elif job.config.recipe == "gad":
+        summary = _teacher_summary(store.manifest)
+    else:
+        summary = _conversation_summary(job.config, store.manifest, rows)
     return PreparedData(
         job.store_dir,
         store.tokenizer_dir,
@@ -84,7 +90,8 @@ def _conversation_rows(job: Job, store: TokenStore) -> list[int] | None:
     if job.encoder is None:
         return None
     config = job.config
-    return [count_rows(stream, config.train.seq_len, config.data.packing) for stream in store.streams()]
+    packing = "none" if config.recipe == "gad" else config.data.packing
+    return [count_rows(stream, config.train.seq_len, packing) for stream in store.streams()]
 
 
 def _mix(job: Job, store: TokenStore, rows: Sequence[int] | None) -> Mix | None:
@@ -109,18 +116,34 @@ def _summary(manifest: StoreManifest) -> str:
     return text + (f"; {manifest.quarantined:,} malformed records set aside" if manifest.quarantined else "")
 
 
-def _conversation_summary(job: Job, manifest: StoreManifest, rows: Sequence[int]) -> str:
+def _conversation_summary(config: RunConfig, manifest: StoreManifest, rows: Sequence[int]) -> str:
     """Of the rows: how many, their tokens and targets, what was left out, and how full they are."""
-    train, val, lost = manifest.splits["train"], manifest.splits["val"], manifest.conversations or {}
-    seq_len = job.config.train.seq_len
+    train, val = manifest.splits["train"], manifest.splits["val"]
+    seq_len = config.train.seq_len
     text = "; ".join(
         f"{split['documents']:,} conversations, {split['tokens']:,} tokens, {split['trained']:,} of them trained, "
         f"for {use}"
         for split, use in ((train, "training"), (val, "validation"))
     )
-    if job.config.data.packing == "documents":
+    if config.data.packing == "documents":
         full = efficiency(train["tokens"], sum(rows), seq_len)
         text += f"; packed into {sum(rows):,} rows of {seq_len}, {full:.1%} full"
+    return text + _lost(manifest)
+
+
+def _teacher_summary(manifest: StoreManifest) -> str:
+    """Of the rows: how many prompts and answers, their tokens, and what was left out."""
+    text = "; ".join(
+        f"{split['documents']:,} prompts of {split['tokens'] - split['trained']:,} tokens, "
+        f"their answers of {split['trained']:,}, for {use}"
+        for split, use in ((manifest.splits["train"], "training"), (manifest.splits["val"], "validation"))
+    )
+    return text + _lost(manifest)
+
+
+def _lost(manifest: StoreManifest) -> str:
+    """What of the rows is not in the store."""
+    lost, text = manifest.conversations or {}, ""
     if lost.get("too_long"):
         text += f"; {lost['too_long']:,} too long, left out"
     if lost.get("truncated"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainway.checkpoint.pieces import Piece
 from trainway.checkpoint.snapshot import Snapshot
 
 
@@ -32,6 +33,8 @@ class Learner(Protocol):
     """The callable that the engine wraps; its forward returns a summed loss."""
     model: PreTrainedModel
     """The transformers model inside; its weights are whole only where `is_sharded` is False."""
+    pieces: dict[str, Piece]
+    """What this rank holds of each parameter, as the optimisers know it."""
     is_sharded: bool
     """Every rank must take part in every forward pass, evaluation and generation included."""
 
@@ -53,11 +56,24 @@ class Learner(Protocol):
             The global gradient norm before clipping.
         """
 
+    def whole(self) -> AbstractContextManager[Any]:
+        """Within it this rank may call `model` by itself, without gradients: its weights are whole, in the arithmetic
+        of training. All ranks enter it together, and each leaves when it likes."""
+
     def snapshot(self) -> Snapshot:
         """This rank's part of weights and optimiser state, by reference: valid until the next `step`."""
 
-    def read(self, directory: Path) -> None:
-        """Load what was saved from any engine, whatever the number of ranks then and now."""
+    def read(self, directory: Path, *, weights_only: bool = False) -> None:
+        """Load what was saved from any engine, whatever the number of ranks then and now.
+
+        `weights_only`: the optimiser state stays as it is.
+        """
+
+    def reset(self) -> None:
+        """Forget the optimiser state, as if no step had been taken."""
+
+    def exchange(self, other: Mapping[str, Tensor]) -> None:
+        """Swap the trained weights with `other`: by name, tensors like those of `pieces`. All ranks call it together."""
 
     def state(self) -> dict[str, Any]:
         """Small extra state that JSON can hold (fp16's loss scale)."""

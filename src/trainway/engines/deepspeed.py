@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from trainway.checkpoint.snapshot import MODEL_DIR, Snapshot
 from trainway.checkpoint.weights import load_model
 from trainway.config.schema import RunConfig
 from trainway.engines.ds_config import ds_config
+from trainway.engines.hooks import without_hooks
 from trainway.engines.precision import Precision
+from trainway.engines.single import exchange_pieces
 from trainway.engines.world import World
 from trainway.engines.zero_parts import ZeroParts, partition
 from trainway.errors import ConfigError, EnvironmentFault
@@ -49,6 +51,8 @@ class DeepSpeedLearner:
     ):
         settings = ds_config(config, world.world_size, precision, on_gpu=world.device.type == "cuda")
         deepspeed = _import_deepspeed(world)
+        if not deepspeed.comm.is_initialized():
+            world.closing.callback(_leave, deepspeed)  # before any engine's, and so called after them
         _check(deepspeed, settings, config)
         self.model, self.world = model, world
         self.is_sharded = config.engine.name == "zero3"
@@ -69,6 +73,7 @@ class DeepSpeedLearner:
 
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=settings)
         self.module: nn.Module = self._engine
+        self._gathered = deepspeed.zero.GatheredParameters
         self._parts = ZeroParts(self._engine.optimizer, model, world, sharded=self.is_sharded)
         self.pieces: dict[str, Piece] = self._parts.pieces
         self._take_step = self._optimizer.step
@@ -76,7 +81,7 @@ class DeepSpeedLearner:
         self._accept: Callable[[float], bool] | None = None
         self._norm: float | None = None
         self._accepted = False
-        world.closing.callback(_close, deepspeed, self._engine, linear)
+        world.closing.callback(_close, self._engine, linear)
 
     def micro_step(self, *, sync: bool) -> AbstractContextManager[Any]:
         self._engine.set_gradient_accumulation_boundary(sync)
@@ -97,6 +102,14 @@ class DeepSpeedLearner:
             accept(self._norm)
         return self._norm
 
+    def whole(self) -> AbstractContextManager[Any]:
+        if not self.is_sharded:
+            return nullcontext()
+        context = ExitStack()
+        context.enter_context(self._gathered(list(self.model.parameters())))
+        context.enter_context(without_hooks(self.model))
+        return context
+
     def publish(self) -> None:
         """Take new values of `pieces` to the weights that the model computes with. All ranks call it together."""
         self._parts.publish()
@@ -107,13 +120,22 @@ class DeepSpeedLearner:
         slots = optimizer_slots([self._parts.view_state(self._optimizer)], written)
         return Snapshot(saved_pieces(self.model, written), slots, part)
 
-    def read(self, directory: Path) -> None:
+    def read(self, directory: Path, *, weights_only: bool = False) -> None:
         load_model(self.model, directory / MODEL_DIR, self.pieces)
         self.publish()
+        if weights_only:
+            return
         view = self._parts.view_state(None)
         states = self._parts.new_state()
         read_optimizer([view], self.pieces, directory, states.room)
         self._parts.take_state(self._optimizer, view, states, str(directory))
+
+    def reset(self) -> None:
+        self._optimizer.state.clear()
+
+    def exchange(self, other: Mapping[str, Tensor]) -> None:
+        exchange_pieces(self.pieces, other)
+        self.publish()
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -180,10 +202,13 @@ def _name(model: nn.Module, wanted: Tensor) -> str:
     return next(name for name, parameter in model.named_parameters() if parameter is wanted)
 
 
-def _close(deepspeed: Any, engine: Any, linear: Any) -> None:
-    # In this order: hooks and buffers of the engine, DeepSpeed's process groups, and the world's along with them. What
-    # is left to the end of the interpreter may be destroyed in another one, and ends in an abort.
+def _close(engine: Any, linear: Any) -> None:
     engine.destroy()
     nn.functional.linear = linear
-    if torch.distributed.is_initialized():  # another learner of this world may have been closed before
+
+
+def _leave(deepspeed: Any) -> None:
+    # After the hooks and buffers of all engines: DeepSpeed's process groups, and the world's along with them. What is left
+    # to the end of the interpreter may be destroyed in another order, and ends in an abort.
+    if torch.distributed.is_initialized():
         deepspeed.comm.destroy_process_group()

@@ -7,7 +7,9 @@ those of one machine, that hold the same shards.
 from __future__ import annotations
 
 import ctypes
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -29,6 +31,7 @@ from trainway.checkpoint.optimizer_state import optimizer_slots
 from trainway.checkpoint.pieces import Part, Piece
 from trainway.checkpoint.snapshot import Snapshot
 from trainway.config.schema import EngineConfig, OptimConfig
+from trainway.engines.hooks import without_hooks
 from trainway.engines.precision import Precision
 from trainway.engines.single import SingleLearner
 from trainway.engines.world import World
@@ -62,6 +65,25 @@ class FSDPLearner(SingleLearner):
             parameter.grad = None
         return super().step(lr_factor, max_norm, accept)
 
+    def read(self, directory: Path, *, weights_only: bool = False) -> None:
+        self._let_go()
+        super().read(directory, weights_only=weights_only)
+
+    def exchange(self, other: Mapping[str, Tensor]) -> None:
+        self._let_go()
+        super().exchange(other)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        self._let_go()
+        try:
+            for part in self._parts():
+                part.unshard()
+            with without_hooks(self.model), super().whole():
+                yield
+        finally:
+            self._let_go()
+
     def snapshot(self) -> Snapshot:
         shards = self._mesh["shard"]
         replica = self._mesh.get_local_rank("replicate") if self._mesh.ndim > 1 else 0
@@ -69,6 +91,14 @@ class FSDPLearner(SingleLearner):
         return Snapshot(
             saved_pieces(self.model, self.pieces), optimizer_slots(self.optimizers, self.pieces), part
         )
+
+    def _let_go(self) -> None:
+        """Free what is gathered: a forward pass without a backward one leaves it, and would not gather new values."""
+        for part in self._parts():
+            part.reshard()
+
+    def _parts(self) -> list[FSDPModule]:
+        return [module for module in self.module.modules() if isinstance(module, FSDPModule)]
 
     def _exchange(self, sync: bool) -> AbstractContextManager[Any]:
         # Gradients are scattered after every micro-batch: kept whole until the last, they would need the memory of the
@@ -149,7 +179,8 @@ def shard(
         # losses are sums: gradients are summed too, where FSDP would average (gloo knows no average either)
         part.set_force_sum_reduction_for_comms(True)
         part.set_gradient_divide_factor(1.0)
-    register_fsdp_forward_method(module, "generate")
+    if hasattr(module, "generate"):
+        register_fsdp_forward_method(module, "generate")
 
 
 def _rows(tensor: Tensor) -> Tensor:

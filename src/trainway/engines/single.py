@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,15 @@ from trainway.engines.precision import LossScale, Precision, autocast
 from trainway.engines.world import World
 from trainway.muon import Spread
 from trainway.optim import build_optimizers, clip_gradients, set_learning_rates
+
+
+@torch.no_grad()
+def exchange_pieces(pieces: Mapping[str, Piece], other: Mapping[str, Tensor]) -> None:
+    """Swap the values of pieces with those of tensors of the same names; one at a time is held twice."""
+    for name, tensor in other.items():
+        kept = pieces[name].tensor.clone()
+        pieces[name].tensor.copy_(tensor)
+        tensor.copy_(kept)
 
 
 class SingleLearner:
@@ -70,15 +79,26 @@ class SingleLearner:
             optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def whole(self) -> AbstractContextManager[Any]:
+        return autocast(self.precision, self.world.device)
+
     def snapshot(self) -> Snapshot:
         part = WHOLE if self.world.is_main else None  # every rank holds the same weights
         return Snapshot(
             saved_pieces(self.model, self.pieces), optimizer_slots(self.optimizers, self.pieces), part
         )
 
-    def read(self, directory: Path) -> None:
+    def read(self, directory: Path, *, weights_only: bool = False) -> None:
         load_model(self.model, directory / MODEL_DIR, self.pieces)
-        read_optimizer(self.optimizers, self.pieces, directory)
+        if not weights_only:
+            read_optimizer(self.optimizers, self.pieces, directory)
+
+    def reset(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+
+    def exchange(self, other: Mapping[str, Tensor]) -> None:
+        exchange_pieces(self.pieces, other)
 
     def state(self) -> dict[str, Any]:
         return self.loss_scale.state()

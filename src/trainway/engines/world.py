@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
@@ -44,6 +45,19 @@ class World:
         totals = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(totals)
         return totals.tolist()  # device→host sync
+
+    def gather(self, values: np.ndarray) -> list[np.ndarray]:
+        """Every rank's array [n] of int32, n its own, by rank; the same on every rank."""
+        if self.world_size == 1:
+            return [values]
+        sizes = [
+            int(size) for size in self.sum(*(len(values) * (r == self.rank) for r in range(self.world_size)))
+        ]
+        room = torch.zeros(max(sizes), dtype=torch.int32, device=self.device)
+        room[: len(values)] = torch.from_numpy(values.astype(np.int32, copy=False))
+        found = [torch.empty_like(room) for _ in sizes]
+        dist.all_gather(found, room)
+        return [tensor[:size].cpu().numpy() for tensor, size in zip(found, sizes, strict=True)]
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -100,6 +100,10 @@ def train_here(
             from trainway.recipes.sft import sft
 
             return sft(config, resume=resume, allow_changes=allow_changes, progress=progress)
+        case "gad":
+            from trainway.recipes.gad import gad
+
+            return gad(config, resume=resume, allow_changes=allow_changes, progress=progress)
 
 
 def under_launcher(environ: Mapping[str, str] = os.environ) -> bool:

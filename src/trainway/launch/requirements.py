@@ -32,7 +32,7 @@ def check_requirements(config: RunConfig) -> None:
             "there is no such directory",
             "give a directory in Hugging Face's format, or a Hub id such as Qwen/Qwen2.5-3B-Instruct",
         )
-    if config.recipe == "sft":
+    if config.recipe in ("sft", "gad"):
         _check_conversations(config)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,7 @@ import xxhash
 from accelerate import init_empty_weights
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -141,16 +142,22 @@ def build_base(
         attention=attention,
         experts=experts_on(torch.device(device)),
     )
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in base.names}
-    if buffers:
-        with open_tensors(base.files) as stored:
-            for name in buffers:
-                owner, _, own = name.rpartition(".")
-                # in the stored type: routers' biases are kept more exact than the weights
-                model.get_submodule(owner).register_buffer(own, stored.read(base.names[name]).clone())
+    restore_buffers(model, base)
     if model.can_generate() and (base.directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(base.directory)
     return model.eval()
+
+
+def restore_buffers(model: PreTrainedModel, base: BaseModel) -> None:
+    """Give a model with the body of `base` the persistent buffers of its files, such as the biases of routers."""
+    buffers = [name for name, _ in model.named_buffers() if name in base.names]
+    if not buffers:
+        return
+    with open_tensors(base.files) as stored:
+        for name in buffers:
+            owner, _, own = name.rpartition(".")
+            # in the stored type: routers' biases are kept more exact than the weights
+            model.get_submodule(owner).register_buffer(own, stored.read(base.names[name]).clone())
 
 
 def experts_on(device: torch.device) -> Literal["eager", "grouped_mm"]:
@@ -160,20 +167,16 @@ def experts_on(device: torch.device) -> Literal["eager", "grouped_mm"]:
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """The weights of a base model for any pieces of its parameters: only the rows that they need are read.
-
-    rename: from a name as given to that of the base model, where the model was changed since (adapters).
-    """
+    """The weights of a base model for any pieces of its parameters: only the rows that they need are read."""
 
     base: BaseModel
-    rename: Callable[[str], str] = str
 
     @torch.no_grad()
     def __call__(self, pieces: Iterable[tuple[str, Piece]]) -> None:
         """Fill the pieces, converted to their type. Raises DataError when the files cannot be read any more."""
         with open_tensors(self.base.files) as stored:
             for name, piece in pieces:
-                found = self.base.names[self.rename(name)]
+                found = self.base.names[name]
                 if stored.shapes[found] != piece.shape:
                     raise DataError(
                         f"the weights of {self.base.source} do not fit the model",
@@ -219,13 +222,18 @@ def meta_model(
     attention: str | None = None,
     experts: str = "eager",
 ) -> PreTrainedModel:
-    """The causal language model of a configuration, all parameters on the meta device and of type `dtype`."""
+    """The model of a configuration, all parameters on the meta device and of type `dtype`.
+
+    It is the causal language model, or the sequence classifier where the configuration names one.
+    """
     config = copy.deepcopy(config)
+    classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     # buffers are real: no file restores those that a model computes
     with init_empty_weights(include_buffers=False), quiet_transformers():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = auto.from_config(
             config,
             dtype=dtype,
             trust_remote_code=trust_remote_code,

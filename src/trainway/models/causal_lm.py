@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainway.losses import linear_cross_entropy
-from trainway.models.attention import PACKED_ATTENTION
+from trainway.models.body import last_hidden
 from trainway.models.heads import linear_head, own_head_loss
-from trainway.models.segments import Segments
 
 
 class CausalLMLoss(nn.Module):
@@ -61,13 +59,7 @@ class CausalLMLoss(nn.Module):
         self, input_ids: Tensor, position_ids: Tensor | None, boundaries: tuple[int, ...] | None
     ) -> Tensor:
         """The body's normalised last hidden states, [B, T, H]."""
-        body = self.model.get_submodule(self.model.base_model_prefix)
-        inputs = {"position_ids": position_ids, "use_cache": False}
-        known = signature(body.forward).parameters
-        inputs = {name: value for name, value in inputs.items() if name in known}
-        inputs |= self._segments(input_ids, position_ids, boundaries)
-        hidden: Tensor = body(input_ids=input_ids, **inputs).last_hidden_state
-        return hidden
+        return last_hidden(self.model, input_ids, position_ids, boundaries)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `generate`, as a method that engines can prepare the weights for."""
@@ -77,26 +69,3 @@ class CausalLMLoss(nn.Module):
     def head(self) -> Tensor:
         """Weights of the output head, [V, H]; the input embedding itself where the two are tied."""
         return self.model.get_output_embeddings().weight
-
-    def _segments(
-        self, input_ids: Tensor, position_ids: Tensor | None, boundaries: tuple[int, ...] | None
-    ) -> dict[str, Any]:
-        """What tells the attention in use where documents end, beside position_ids that start anew with each."""
-        attention = self.model.config._attn_implementation
-        if attention == PACKED_ATTENTION:
-            if boundaries is None:
-                rows, length = input_ids.shape
-                boundaries = tuple(range(0, rows * length + 1, length))
-            return {"boundaries": boundaries}
-        if boundaries is None:
-            return {}
-        assert position_ids is not None, "transformers knows documents by positions that start anew"
-        if attention != "flash_attention_2":
-            return {}
-        segments = Segments(boundaries)
-        return {
-            "cu_seq_lens_q": segments.cu_seqlens,
-            "cu_seq_lens_k": segments.cu_seqlens,
-            "max_length_q": segments.longest,
-            "max_length_k": segments.longest,
-        }

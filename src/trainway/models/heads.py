@@ -1,4 +1,4 @@
-"""How a model's last hidden states become logits, and the loss of those whose head is known by its module alone."""
+"""How a model's last hidden states become logits, and the losses of those whose head is known by its module alone."""
 
 from __future__ import annotations
 
@@ -49,6 +49,21 @@ def own_head_loss(
     return total if z_loss else total.sum()
 
 
+def own_log_probs(
+    model: PreTrainedModel, hidden: Tensor, labels: Tensor, chunk_tokens: int, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """What `losses.linear_log_probs` returns, through whatever the model itself does to hidden states [N, H].
+
+    Each chunk of logits is computed again in the backward pass, so that one at a time is alive.
+    """
+    chunks = [
+        checkpoint(partial(_chunk_log_probs, model, temperature=temperature), rows, part, use_reentrant=False)
+        for rows, part in zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
+    ]  # at least one, if empty
+    log_probs, entropy = zip(*chunks, strict=True)
+    return torch.cat(log_probs), torch.cat(entropy)
+
+
 def own_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits [N, V] of hidden states [N, H] by the model's own forward, with these in place of its body's result.
 
@@ -74,6 +89,17 @@ def _chunk_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor, *, z_los
         return nll[None]
     log_z = logits.logsumexp(-1).masked_fill(labels == IGNORE_INDEX, 0.0)
     return torch.stack([nll, z_loss * log_z.square().sum()])
+
+
+def _chunk_log_probs(
+    model: PreTrainedModel, hidden: Tensor, labels: Tensor, *, temperature: float
+) -> tuple[Tensor, Tensor]:
+    logits = own_logits(model, hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    nll = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE_INDEX)
+    with torch.no_grad():
+        entropy = torch.special.entr(logits.softmax(-1)).sum(-1).masked_fill_(labels == IGNORE_INDEX, 0.0)
+    return -nll, entropy
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import peft
 import torch
@@ -46,7 +47,12 @@ class Landed:
 
 
 def inject_lora(
-    model: PreTrainedModel, lora: LoraConfig, base: str | None = None, revision: str | None = None
+    model: PreTrainedModel,
+    lora: LoraConfig,
+    base: str | None = None,
+    revision: str | None = None,
+    *,
+    task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM",
 ) -> Landed:
     """Put adapters into `model` in place, in fp32 and trainable, and freeze everything else.
 
@@ -55,6 +61,7 @@ def inject_lora(
     Args:
         base: the model to start from as the user named it, a Hub id or a path, and its `revision`; for the adapter's
             configuration, by which others find the base.
+        task: what the model does, in peft's words; for the configuration too.
 
     Raises:
         ConfigError: a name that lands nowhere (the nearest ones are listed) or on what can have no adapter, or
@@ -63,7 +70,7 @@ def inject_lora(
     """
     targets = find_targets(model, lora)
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task,
         base_model_name_or_path=base,
         revision=revision,
         r=lora.r,

@@ -16,7 +16,8 @@ from trainway.checkpoint.adapter import ADAPTER_CONFIG, base_name, is_adapter_te
 from trainway.checkpoint.weights import load_model, model_pieces
 from trainway.errors import ConfigError, DataError
 from trainway.models.base import BaseModel, BaseWeights, build_base, find_base
-from trainway.models.load import allocate
+from trainway.models.discriminator import DiscriminatorWeights, build_discriminator
+from trainway.models.load import InitialWeights, allocate
 from trainway.models.lora import inject
 
 
@@ -44,16 +45,21 @@ def find_adapter_base(directory: Path, *, cache: Path, trust_remote_code: bool =
 def load_adapted(directory: Path, base: BaseModel, dtype: torch.dtype) -> PreTrainedModel:
     """The base in `dtype` with the adapter in `directory` in it, on the CPU, for evaluation.
 
+    An adapter of a discriminator comes in one, whose head is of at least fp32.
+
     Raises:
         DataError: the adapter's files are damaged, or their tensors are not, each by its name, those of the adapter.
     """
-    model = build_base(base, dtype=dtype)
-    inject(model, _read_config(directory))
+    config = _read_config(directory)
+    weights: InitialWeights = BaseWeights(base)
+    if config.task_type == "SEQ_CLS":
+        model, weights = build_discriminator(base, dtype=dtype), DiscriminatorWeights(weights, seed=0)
+    else:
+        model = build_base(base, dtype=dtype)
+    inject(model, config)
     allocate(model, model, device="cpu")
     pieces = model_pieces(model)
-    BaseWeights(base, rename=base_name)(
-        (name, piece) for name, piece in pieces.items() if not is_adapter_tensor(name)
-    )
+    weights((base_name(name), piece) for name, piece in pieces.items() if not is_adapter_tensor(name))
     load_model(model, directory)
     return model.eval()
 

@@ -96,6 +96,18 @@ def _candidates(config: RunConfig, geometry: Geometry, world: int, on_cpu: bool)
 
 
 def _smaller_batches(config: RunConfig, geometry: Geometry) -> Iterator[Candidate]:
+    if config.recipe == "gad":
+        tokens, answers = config.gad.tokens_per_gpu // 2, config.rollout.batch_size // 2
+        yield (
+            f"gad.tokens_per_gpu={tokens}",
+            "the same step",
+            _with(config, "gad", tokens_per_gpu=tokens),
+            geometry,
+        )
+        if answers and config.rollout.engine == "transformers":
+            fewer = _with(config, "rollout", batch_size=answers)
+            yield f"rollout.batch_size={answers}", "slower answers", fewer, geometry
+        return
     rows, steps = geometry.micro_batch_size, geometry.grad_accum_steps
     sizes = {1, rows // 2} if rows % 2 == 0 else {1}
     for size in sorted(sizes - {0, rows}):

@@ -15,6 +15,8 @@ from trainway.planning.arithmetic import (
     memory_bytes,
     padded_vocab_size,
 )
+from trainway.planning.gad import gad_stages
+from trainway.planning.gad_memory import gad_memory
 from trainway.planning.published import published_shape
 from trainway.planning.shapes import ModelShape, new_shape, shape_in
 
@@ -47,6 +49,8 @@ def resolve_geometry(config: RunConfig, world_size: int, rows_per_epoch: int | N
         raise ConfigError(
             f"the number of ranks is {world_size}", "a run has at least one process", "use 1 or more"
         )
+    if config.recipe == "gad":
+        return _gad_geometry(config, world_size, rows_per_epoch)
     train = config.train
     accumulation = _accumulation(config, world_size)
     global_batch = train.micro_batch_size * accumulation * world_size
@@ -62,14 +66,8 @@ def resolve_geometry(config: RunConfig, world_size: int, rows_per_epoch: int | N
             total_steps = max(1, round(epochs * rows_per_epoch / global_batch))
         elif total_steps is not None:
             epochs = total_steps * global_batch / rows_per_epoch
-    if total_steps is not None and warmup_steps(config.schedule, total_steps) >= total_steps:
-        raise ConfigError(
-            f"schedule.warmup_steps is {config.schedule.warmup_steps}",
-            f"the run has only {total_steps} steps of {global_batch} rows",
-            f"set schedule.warmup_steps={total_steps // 10}, or train for more steps",
-        )
-    if total_steps is not None and (overlap := decay_overlap(config.schedule, total_steps)):
-        raise overlap
+    if total_steps is not None:
+        _check_schedule(config.schedule, "the run", total_steps, global_batch)
     return Geometry(
         world_size=world_size,
         micro_batch_size=train.micro_batch_size,
@@ -81,6 +79,44 @@ def resolve_geometry(config: RunConfig, world_size: int, rows_per_epoch: int | N
         steps_per_epoch=steps_per_epoch,
         epochs=epochs,
     )
+
+
+def _gad_geometry(config: RunConfig, world_size: int, rows_per_epoch: int | None) -> Geometry:
+    """Of gad: a step takes prompts, and how their answers are spread over ranks follows from their lengths."""
+    prompts = config.train.global_batch_size
+    if prompts is None:
+        raise ConfigError(
+            "train.global_batch_size is not set",
+            "it is the number of prompts of one step",
+            "set e.g. train.global_batch_size=256",
+        )
+    stages = gad_stages(config, rows_per_epoch)
+    for stage in stages or ():
+        _check_schedule(config.schedule, f"stage {stage.name}", stage.steps, prompts)
+    total = stages[-1].last if stages else None
+    longest = config.data.max_prompt_tokens + config.data.max_response_tokens
+    return Geometry(
+        world_size=world_size,
+        micro_batch_size=1,
+        grad_accum_steps=1,
+        global_batch_size=prompts,
+        seq_len=longest,
+        tokens_per_step=prompts * longest,
+        total_steps=total,
+        steps_per_epoch=None if rows_per_epoch is None else max(1, round(rows_per_epoch / prompts)),
+        epochs=None if rows_per_epoch is None or total is None else total * prompts / rows_per_epoch,
+    )
+
+
+def _check_schedule(schedule: ScheduleConfig, what: str, steps: int, rows: int) -> None:
+    if warmup_steps(schedule, steps) >= steps:
+        raise ConfigError(
+            f"schedule.warmup_steps is {schedule.warmup_steps}",
+            f"{what} has only {steps} steps of {rows} rows",
+            f"set schedule.warmup_steps={steps // 10}, or train for more steps",
+        )
+    if overlap := decay_overlap(schedule, steps):
+        raise overlap
 
 
 def warmup_steps(schedule: ScheduleConfig, total_steps: int) -> int:
@@ -151,20 +187,28 @@ def plan_memory(
 ) -> MemoryEstimate:
     """Bytes of one rank. `half_precision`: empty follows train.precision, `auto` counting as bf16."""
     engine = config.engine
-    return memory_bytes(
-        shape,
-        micro_batch_size=geometry.micro_batch_size,
-        seq_len=geometry.seq_len,
-        loss_chunk_tokens=config.train.loss_chunk_tokens,
-        optimizer=config.optim.name,
-        checkpointing=config.train.activation_checkpointing,
-        half_precision=config.train.precision != "fp32" if half_precision is None else half_precision,
-        shards=shard_count(engine, geometry.world_size),
-        engine=engine.name if engine.name in ("zero2", "zero3") else "fsdp",
-        cpu_offload=engine.cpu_offload,
-        lora=config.lora,
-        eager_attention=config.model.attention == "eager",
-    )
+    half = config.train.precision != "fp32" if half_precision is None else half_precision
+    shards = shard_count(engine, geometry.world_size)
+
+    def estimate(model: ModelShape, rows: int, length: int) -> MemoryEstimate:
+        return memory_bytes(
+            model,
+            micro_batch_size=rows,
+            seq_len=length,
+            loss_chunk_tokens=config.train.loss_chunk_tokens,
+            optimizer=config.optim.name,
+            checkpointing=config.train.activation_checkpointing,
+            half_precision=half,
+            shards=shards,
+            engine=engine.name if engine.name in ("zero2", "zero3") else "fsdp",
+            cpu_offload=engine.cpu_offload,
+            lora=config.lora,
+            eager_attention=config.model.attention == "eager",
+        )
+
+    if config.recipe == "gad":
+        return gad_memory(config, shape, shards or 1, half, lambda model, tokens: estimate(model, 1, tokens))
+    return estimate(shape, geometry.micro_batch_size, geometry.seq_len)
 
 
 def describe_plan(
@@ -193,6 +237,9 @@ def describe_plan(
         if geometry.total_steps is None
         else geometry.total_steps * geometry.tokens_per_step,
     }
+    if config.recipe == "gad":
+        stages = gad_stages(config, rows_per_epoch)
+        plan["stages"] = None if stages is None else [asdict(stage) for stage in stages]
     if shape is None:
         return plan
     counts = count_parameters(shape, lora=config.lora)

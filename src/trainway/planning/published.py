@@ -26,6 +26,23 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
         "tie_word_embeddings": True, "use_sliding_window": False, "max_position_embeddings": 32768,
     },
+    "Qwen/Qwen2.5-7B-Instruct": {
+        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+        "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "tie_word_embeddings": False, "use_sliding_window": False, "max_position_embeddings": 32768,
+    },
+    "Qwen/Qwen2.5-14B-Instruct": {
+        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 5120, "intermediate_size": 13824,
+        "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8,
+        "tie_word_embeddings": False, "use_sliding_window": False, "max_position_embeddings": 32768,
+    },
+    "Qwen/Qwen3-235B-A22B-Instruct-2507": {
+        "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
+        "moe_intermediate_size": 1536, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+        "num_hidden_layers": 94, "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "attention_bias": False,
+        "tie_word_embeddings": False, "use_sliding_window": False, "max_position_embeddings": 262144,
+    },
     "HuggingFaceTB/SmolLM2-135M-Instruct": {
         "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
         "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,

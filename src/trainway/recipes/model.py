@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trainway.config.schema import RunConfig
+from trainway.data.teacher import end_tokens, own_template
 from trainway.data.turns import Progress
 from trainway.engines.precision import Precision, choose_precision
 from trainway.models.attention_choice import use_attention
@@ -16,6 +17,13 @@ from trainway.models.base import BaseModel, BaseWeights, build_base, find_base
 from trainway.models.blocks import blocks
 from trainway.models.census import Census, flops_per_token, model_census
 from trainway.models.checkpointing import checkpoint_activations
+from trainway.models.discriminator import (
+    DiscriminatorWeights,
+    adapt_discriminator,
+    build_discriminator,
+    scoring_tokenizer,
+    use_discriminator_attention,
+)
 from trainway.models.fused import fuse_blocks
 from trainway.models.load import InitialWeights, NewWeights, build_model
 from trainway.models.lora import AdaptedWeights, inject_lora
@@ -69,15 +77,31 @@ def build_run_model(session: Session) -> RunModel:
     model, weights, notes = (
         _new(session) if session.base is None else _given(session, session.base, precision)
     )
-    model.train()
-    if config.train.activation_checkpointing != "none":
-        checkpoint_activations(blocks(model), config.train.activation_checkpointing)
-    if config.train.compile:
-        for block in blocks(model):
-            block.compile()
-    census = model_census(model)
-    flops = flops_per_token(census, model.config, config.train.seq_len)
-    return RunModel(model, weights, census, flops, precision, notes)
+    return _ready(config, model, weights, precision, notes)
+
+
+def build_run_discriminator(session: Session, base: BaseModel) -> RunModel:
+    """A discriminator with the body of `base`, as `build_run_model` makes the model that it judges.
+
+    Raises ConfigError for settings that do not fit the model.
+    """
+    config, device = session.config, session.world.device
+    precision = choose_precision(config.train.precision, device)
+    dtype = _FROZEN[precision] if config.lora.enabled else torch.float32
+    ends = end_tokens(session.tokenizer, own_template(session.tokenizer))
+    pad_id = scoring_tokenizer(session.tokenizer, ends).pad_token_id
+    model = build_discriminator(base, dtype=dtype, device=device, pad_id=pad_id)
+    use_discriminator_attention(
+        model, base, config.model.attention, packed=config.data.packing != "none", device=device
+    )
+    fuse_blocks(model)
+    weights: InitialWeights = DiscriminatorWeights.of(BaseWeights(base), model, config.seed)
+    if config.lora.enabled:
+        note = str(adapt_discriminator(model, config.lora, base.source, base.revision))
+        weights = AdaptedWeights(weights, config.seed)
+    else:
+        note = f"all {sum(p.numel() for p in model.parameters()):,} parameters are trained"
+    return _ready(config, model, weights, precision, (note,))
 
 
 def run_shape(session: Session) -> ModelShape | None:
@@ -85,6 +109,26 @@ def run_shape(session: Session) -> ModelShape | None:
     if session.base is None:
         return planned_shape(session.config, _vocab_size(session))
     return read_shape(session.base.config.to_dict())
+
+
+def _ready(
+    config: RunConfig,
+    model: PreTrainedModel,
+    weights: InitialWeights,
+    precision: Precision,
+    notes: tuple[str, ...],
+) -> RunModel:
+    """The model with checkpointing and compilation in place, counted."""
+    model.train()
+    if config.train.activation_checkpointing != "none":
+        checkpoint_activations(blocks(model), config.train.activation_checkpointing)
+    if config.train.compile:
+        for block in blocks(model):
+            block.compile()
+    census = model_census(model)
+    return RunModel(
+        model, weights, census, flops_per_token(census, model.config, config.train.seq_len), precision, notes
+    )
 
 
 def _new(session: Session) -> tuple[PreTrainedModel, InitialWeights, tuple[str, ...]]:

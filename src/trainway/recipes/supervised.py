@@ -6,37 +6,29 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from trainway.checkpoint.lock import run_lock
 from trainway.config.schema import RunConfig
 from trainway.data.loader import Batch, Loader, validation_batches
-from trainway.data.prepare import PreparedData
-from trainway.data.turns import Progress
 from trainway.engines import build_learner, choose_precision, engine_name
 from trainway.engines.base import Learner
 from trainway.engines.precision import autocast
-from trainway.engines.world import open_world
-from trainway.files import disk_faults
-from trainway.logs import stage, start_logging
-from trainway.models.base import BaseModel
+from trainway.logs import stage
 from trainway.models.causal_lm import CausalLMLoss
 from trainway.models.lora import check_gradients
 from trainway.planning.geometry import plan_memory
-from trainway.recipes.model import RunModel, build_run_model, find_run_base, run_shape
-from trainway.run_dir import RunDir
+from trainway.recipes.model import RunModel, build_run_model, run_shape
+from trainway.recipes.opening import Prepare, run_recipe
 from trainway.tracking import open_trackers
 from trainway.tracking.jsonl import cut_after
 from trainway.training.evaluate import Prompt, continue_prompts, evaluate_batches
 from trainway.training.loop import Work, fit
-from trainway.training.memory import memory_advice
-from trainway.training.runs import Resume, choose_run_dir, run_status, write_status
+from trainway.training.runs import write_status
+from trainway.training.saving import STUDENT
 from trainway.training.session import (
     RunResult,
     Session,
-    begin_session,
     finish,
-    finished_before,
     make_saver,
     recorded_end,
     starting_state,
@@ -50,45 +42,14 @@ from trainway.training.speed import SpeedMeter, peak_flops
 class Recipe:
     """Where recipes differ: what they read, and what their samples continue."""
 
-    prepare: Callable[[RunConfig, BaseModel | None, Progress | None], PreparedData]
-    """Make or find the token store, before the process group exists: it may take longer than a collective may wait."""
+    prepare: Prepare
     prompts: Callable[[Session], Iterable[Prompt]]
     """What samples continue: the same on every rank."""
 
 
-def train_supervised(
-    config: RunConfig,
-    recipe: Recipe,
-    *,
-    resume: Resume = "auto",
-    allow_changes: bool = False,
-    progress: Progress | None = None,
-) -> RunResult:
-    """Train as `recipe` says, or go on with a run that was stopped or killed.
-
-    Args:
-        resume: `auto` goes on from the newest intact checkpoint, `never` begins a new run, a number resumes there.
-        allow_changes: go on although settings or data differ from those the run began with.
-        progress: told (label, bytes done, bytes in all) while model and data are prepared.
-
-    Raises:
-        UserError: the message says what to do; nothing that was saved before is lost.
-        Stopped: SIGTERM or SIGINT came; the last finished step is saved.
-    """
-    with ExitStack() as stack:
-        base = find_run_base(config, progress)
-        prepared = recipe.prepare(config, base, progress)
-        world = stack.enter_context(open_world(config.engine, config.train.num_threads))
-        start_logging(config.log.level, is_main=world.is_main)
-        run = RunDir(Path(world.from_main(str(choose_run_dir(config, resume).path) if world.is_main else "")))
-        world.together(lambda: stack.enter_context(run_lock(run)) if world.is_main else None)
-        stack.enter_context(disk_faults(run.path))
-        if run_status(run)["state"] == "done" and resume == "auto":
-            return finished_before(config, run, allow_changes)
-        session = begin_session(config, world, run, prepared, base, resume, allow_changes)
-        stop = stack.enter_context(StopSignal())
-        stack.enter_context(memory_advice(config, run_shape(session), session.geometry, world))
-        return _train(session, recipe, stop)
+def train_supervised(config: RunConfig, recipe: Recipe, **how: Any) -> RunResult:
+    """Train as `recipe` says, or go on with a run that was stopped or killed; see `run_recipe` for the arguments."""
+    return run_recipe(config, recipe.prepare, lambda session, stop: _train(session, recipe, stop), **how)
 
 
 def _train(session: Session, recipe: Recipe, stop: StopSignal) -> RunResult:
@@ -98,7 +59,7 @@ def _train(session: Session, recipe: Recipe, stop: StopSignal) -> RunResult:
         built.model, chunk_tokens=config.train.loss_chunk_tokens, z_loss=config.train.z_loss
     )
     learner = build_learner(config, loss_module, built.model, world, built.weights)
-    state = starting_state(session, learner)
+    state = starting_state(session, {STUDENT: learner})
     resumed = state.step > 0
     if world.is_main:
         for records in (run.metrics, run.samples):
@@ -137,7 +98,7 @@ def _train(session: Session, recipe: Recipe, stop: StopSignal) -> RunResult:
             trackers=trackers,
             stop=stop,
             evaluate=evaluate,
-            saver=make_saver(session, learner),
+            saver=make_saver(session, {STUDENT: learner}),
             check_first_step=check_first_step,
         )
         with recorded_end(session):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import yaml
 from transformers import AutoTokenizer
@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from trainway.checkpoint.adapter import ADAPTER_CONFIG, is_adapter
 from trainway.checkpoint.snapshot import MODEL_DIR
 from trainway.checkpoint.store import CheckpointStore
-from trainway.checkpoint.weights import assemble, is_in_pieces, write_model
+from trainway.checkpoint.weights import DISCRIMINATOR_DIR, assemble, is_in_pieces, write_model
 from trainway.config.schema import RunConfig
 from trainway.errors import ConfigError
 from trainway.files import atomic_directory
@@ -22,16 +22,25 @@ if TYPE_CHECKING:
     from trainway.models.base import BaseModel
 
 
-def export(run: str | Path, out: str | Path, *, which: str | int = "best", merge: bool = False) -> Path:
+def export(
+    run: str | Path,
+    out: str | Path,
+    *,
+    which: str | int = "best",
+    merge: bool = False,
+    part: Literal["model", "discriminator"] = "model",
+) -> Path:
     """Copy the model and tokenizer of a verified checkpoint into the new directory `out`.
 
     Args:
         which: `best`, `latest`, or a step.
         merge: write one plain model, the adapter of the run merged into its base, instead of the adapter.
+        part: what the run is for, or its discriminator: a reward model for `AutoModelForSequenceClassification`, or an
+            adapter for peft; there the base model's pad_token_id is to be set to the tokenizer's.
 
     Raises:
-        ConfigError: no run or no such checkpoint there (the message lists those that exist), `out` exists, or there is
-            nothing to merge.
+        ConfigError: no run or no such checkpoint there (the message lists those that exist), `out` exists, there is
+            nothing to merge, or no discriminator.
         DataError: the checkpoint is damaged.
     """
     run_dir, out = RunDir(Path(run)), Path(out)
@@ -45,7 +54,16 @@ def export(run: str | Path, out: str | Path, *, which: str | int = "best", merge
         raise ConfigError(
             f"{out} exists already", "an export never overwrites", "choose another --out, or remove it first"
         )
-    source = CheckpointStore(run_dir.checkpoints, keep_last=1).resolve(which) / MODEL_DIR
+    checkpoint = CheckpointStore(run_dir.checkpoints, keep_last=1).resolve(which)
+    source = checkpoint / MODEL_DIR
+    if part == "discriminator":
+        source = checkpoint / DISCRIMINATOR_DIR / MODEL_DIR
+        if not source.is_dir():
+            raise ConfigError(
+                f"{checkpoint} holds no discriminator",
+                "recipe gad alone trains one, and not in its stage seqkd",
+                "export the model, or choose another run",
+            )
     if merge:
         return _export_merged(source, out, RunDir(Path(run)))
     from trainway.models.published import publish_names  # transformers takes its time
@@ -89,7 +107,8 @@ def adapter_base(directory: Path) -> BaseModel:
     """
     from trainway.models.merge import find_adapter_base  # peft takes its time
 
-    run = directory.resolve().parents[2:3]  # run/checkpoints/step-N/model
+    depth = 3 if directory.resolve().parent.name == DISCRIMINATOR_DIR else 2
+    run = directory.resolve().parents[depth : depth + 1]  # run/checkpoints/step-N/[discriminator/]model
     found = RunDir(run[0]).config if run and directory.name == MODEL_DIR else None
     settings = yaml.safe_load(found.read_text()) if found is not None and found.exists() else {}
     config = RunConfig.model_validate(settings)
@@ -108,7 +127,11 @@ def _export_merged(source: Path, out: Path, run: RunDir) -> Path:
     base = adapter_base(source)
     model = load_adapted(source, base, base.dtype)
     merge_adapters(model)
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    if source.parent.name == DISCRIMINATOR_DIR:
+        # by which transformers finds a sequence's last token
+        model.config.pad_token_id = tokenizer.pad_token_id
     with atomic_directory(out) as partial:
-        write_model(model, partial, AutoTokenizer.from_pretrained(source, local_files_only=True))
+        write_model(model, partial, tokenizer)
         publish_names(partial)
     return out

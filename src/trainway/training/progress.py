@@ -22,7 +22,8 @@ class Progress:
     def step(self, step: int, metrics: dict[str, Any], seconds_left: float) -> None:
         if not self._is_main:
             return
-        figures = f"loss {metrics['train/loss']:.4f}  {metrics['perf/tokens_per_s']:,.0f} tok/s"
+        figures = f"{metrics['label']}  " if "label" in metrics else ""
+        figures += f"loss {metrics['train/loss']:.4f}  {metrics['perf/tokens_per_s']:,.0f} tok/s"
         if "perf/mfu" in metrics:
             figures += f"  MFU {metrics['perf/mfu']:.0%}"
         figures += f"  {clock(seconds_left)} left"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from trainway.engines.world import World
 from trainway.errors import PeerFailed
 
 STATE_FILE = "state.json"
+STUDENT = ""
+"""Name of the model that a run is for, whose files lie in a checkpoint's own directory."""
 
 
 @dataclass
@@ -44,16 +46,20 @@ class Saver:
     """
 
     world: World
-    learner: Learner
+    learners: Mapping[str, Learner]
+    """By the directory, within a checkpoint, that holds what is its: `STUDENT` for the checkpoint itself."""
     store: CheckpointStore
-    tokenizer: PreTrainedTokenizerBase
+    tokenizers: Mapping[str, PreTrainedTokenizerBase]
+    """What is saved with each learner's model."""
     asynchronous: bool
     saved: Callable[[TrainState], None]
     """Told on rank 0, in the training's thread, when a checkpoint is published."""
     stalled_s: float = 0.0
     """Seconds for which training has waited for saves."""
-    _staging: Staging = field(default_factory=Staging)
     _pending: _Pending | None = None
+
+    def __post_init__(self) -> None:
+        self._staging = {name: Staging() for name in self.learners}
 
     def save(self, state: TrainState) -> None:
         """Save a checkpoint; asynchronous ones may still be written when this returns.
@@ -67,15 +73,17 @@ class Saver:
             if not self.asynchronous:
                 self._save_now(state, directory)
                 return
-            self._staging.begin(self.learner.snapshot())
-            writing = _Task("save", lambda: self._write(directory, self._staging.result(), state))
+            for name, learner in self.learners.items():
+                self._staging[name].begin(learner.snapshot())
+            writing = _Task("save", lambda: self._write(directory, self._staged, state))
             self._pending = _Pending(state, directory, writing)
 
     def before_update(self) -> None:
         """Return when the weights may change: a save under way has its copy of them."""
         if self._pending is not None:
             with self._stall():
-                self._staging.before_update()
+                for staging in self._staging.values():
+                    staging.before_update()
 
     def progress(self) -> tuple[bool, bool]:
         """(written, failed) on this rank: `advance` takes their sums over all ranks."""
@@ -136,7 +144,7 @@ class Saver:
     def _save_now(self, state: TrainState, directory: Path) -> None:
         world = self.world
         try:
-            world.together(lambda: self._write(directory, self.learner.snapshot(), state))
+            world.together(lambda: self._write(directory, self._snapshot, state))
             world.together(lambda: self._commit(state, directory) if world.is_main else None)
         except BaseException:
             if world.is_main:
@@ -148,9 +156,16 @@ class Saver:
     def _begin(self, state: TrainState) -> str:
         return str(self.store.begin(state.step)) if self.world.is_main else ""
 
-    def _write(self, directory: Path, snapshot: Snapshot, state: TrainState) -> None:
+    def _snapshot(self, name: str) -> Snapshot:
+        return self.learners[name].snapshot()
+
+    def _staged(self, name: str) -> Snapshot:
+        return self._staging[name].result()
+
+    def _write(self, directory: Path, snapshot: Callable[[str], Snapshot], state: TrainState) -> None:
         def write(directory: Path) -> None:
-            write_snapshot(snapshot, directory, self.learner.model, self.tokenizer)
+            for name, learner in self.learners.items():
+                write_snapshot(snapshot(name), directory / name, learner.model, self.tokenizers[name])
             if self.world.is_main:
                 (directory / STATE_FILE).write_text(state.to_json())
 

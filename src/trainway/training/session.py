@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -32,7 +33,7 @@ from trainway.provenance import collect_provenance, config_hash
 from trainway.run_dir import RunDir
 from trainway.training.progress import clock
 from trainway.training.runs import Resume, refuse_changed_settings, write_status
-from trainway.training.saving import STATE_FILE, Saver
+from trainway.training.saving import STATE_FILE, STUDENT, Saver
 from trainway.training.speed import peak_memory_gib
 
 
@@ -122,8 +123,8 @@ def _check_agreement(world: World, data_hash: str, base_hash: str) -> None:
         )
 
 
-def starting_state(session: Session, learner: Learner) -> TrainState:
-    """Load the checkpoint to go on from into `learner`, or begin at step 0.
+def starting_state(session: Session, learners: Mapping[str, Learner]) -> TrainState:
+    """Load the checkpoint to go on from into `learners` (see `Saver`), or begin at step 0.
 
     Raises:
         ConfigError: the step asked for does not exist (those that do are listed), or the batch changed.
@@ -152,8 +153,9 @@ def starting_state(session: Session, learner: Learner) -> TrainState:
     state = TrainState.from_json((path / STATE_FILE).read_text(), str(path / STATE_FILE))
     if not session.allow_changes:
         _refuse_other_data(session, state, path)
-    learner.read(path)
-    learner.load_state(state.scaler)
+    for name, learner in learners.items():
+        learner.read(path / name)
+    learners[STUDENT].load_state(state.scaler)
     if world.is_main:
         # Only now, when nothing can refuse any more: what lies after this step is another future, or damaged.
         for step in checkpoints.discard_after(state.step):
@@ -162,8 +164,12 @@ def starting_state(session: Session, learner: Learner) -> TrainState:
     return state
 
 
-def make_saver(session: Session, learner: Learner) -> Saver:
-    """What writes the checkpoints of this run."""
+def make_saver(
+    session: Session,
+    learners: Mapping[str, Learner],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase] = MappingProxyType({}),
+) -> Saver:
+    """What writes the checkpoints of this run; `tokenizers`: where they are not the session's."""
 
     def saved(state: TrainState) -> None:
         write_status(session.run, "running", state.step, val_loss=state.last_val_loss)
@@ -171,9 +177,9 @@ def make_saver(session: Session, learner: Learner) -> Saver:
 
     return Saver(
         world=session.world,
-        learner=learner,
+        learners=learners,
         store=session.checkpoints,
-        tokenizer=session.tokenizer,
+        tokenizers={name: tokenizers.get(name, session.tokenizer) for name in learners},
         asynchronous=session.config.checkpoint.async_save,
         saved=saved,
     )

@@ -302,7 +302,7 @@ def test_a_mix_packs_each_source_by_itself() -> None:
     mix = mix_rows(sources, rows)
     assert mix.rows_per_epoch == 12
     loader = make_loader(splits, mix=mix, global_batch_size=8)
-    placed = [loader._rows(step) for step in range(1, 65)]  # two blocks of 256 rows
+    placed = [loader._order.step(step) for step in range(1, 65)]  # two blocks of 256 rows
     streams = [index for rows in placed for index in rows.streams]
     assert (streams.count(0), streams.count(1)) == (384, 128)
     ids = np.concatenate([rows.samples for rows in placed])

@@ -148,7 +148,7 @@ def test_ids_are_unique_and_an_epoch_reads_each_window_once(shuffle: bool) -> No
     loader = make_loader(sources, shuffle=shuffle, global_batch_size=8)
     assert loader.rows_per_epoch == 232
     assert loader.steps_per_epoch == 29
-    placed = [loader._rows(step) for step in range(1, 29 * 16 + 1)]  # 16 epochs: 14.5 blocks of 256
+    placed = [loader._order.step(step) for step in range(1, 29 * 16 + 1)]  # 16 epochs: 14.5 blocks of 256
     ids = np.concatenate([rows.samples for rows in placed])
     assert len(set(ids.tolist())) == len(ids)
     streams = np.array([index for rows in placed for index in rows.streams])

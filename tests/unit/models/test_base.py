@@ -90,18 +90,6 @@ def test_each_rank_reads_its_own_elements(ranks: int, tmp_path: Path) -> None:
         assert torch.equal(together, parameter.detach().flatten().bfloat16())
 
 
-def test_names_of_a_model_that_was_changed_since(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    base = find_base(str(save(model, tmp_path / "model")), cache=tmp_path / "cache")
-    wanted = model.get_parameter("model.layers.1.self_attn.q_proj.weight")
-    piece = Piece.whole(torch.empty_like(wanted))
-    weights = BaseWeights(base, rename=lambda name: name.replace(".base_layer", ""))
-    weights([("model.layers.1.self_attn.q_proj.base_layer.weight", piece)])
-    assert torch.equal(piece.tensor, wanted)
-    with pytest.raises(KeyError):
-        BaseWeights(base)([("model.layers.1.self_attn.q_proj.base_layer.weight", piece)])
-
-
 def test_one_of_tied_weights_is_enough_and_two_must_agree(tmp_path: Path) -> None:
     model = tiny_model("llama")  # tied
     directory = save(model, tmp_path / "model")

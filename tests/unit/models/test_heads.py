@@ -1,4 +1,4 @@
-"""The summed loss against each architecture's own logits: scales, caps and biases of heads, adapters on them, targets."""
+"""Summed losses and log-probabilities against each architecture's own logits: scales, caps and biases, adapters, targets."""
 
 import copy
 
@@ -10,10 +10,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from tests.unit.models.architectures import SPECS, VOCAB, tiny_model
 from trainway import losses
 from trainway.errors import ConfigError
-from trainway.losses import IGNORE_INDEX, LogitForm
+from trainway.losses import IGNORE_INDEX, LogitForm, linear_log_probs
 from trainway.models import causal_lm, heads
 from trainway.models.causal_lm import CausalLMLoss
-from trainway.models.heads import linear_head, own_head_loss, own_logits
+from trainway.models.heads import linear_head, own_head_loss, own_log_probs, own_logits
 
 OWN = ["glm4", "falcon", "falcon-alibi", "bloom", "mpt", "mamba", "jamba", "qwen3_next"]
 
@@ -186,3 +186,44 @@ def test_targets_alone_reach_the_head(monkeypatch):
     )
     CausalLMLoss(tiny_model("llama"))(*_batch(), targets=torch.tensor([5, 9, 20]))
     assert rows == [3]
+
+
+@pytest.mark.parametrize("name", [name for name in SPECS if name != "opt"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_by_the_own_head_of_any_model(name, temperature):
+    plain = tiny_model(name)
+    model = copy.deepcopy(plain)
+    generator = torch.Generator().manual_seed(0)
+    hidden = 3 * torch.randn(13, model.config.hidden_size, generator=generator)
+    pull = torch.randn(13, generator=generator)
+    labels = _batch()[1].flatten()[:13]
+    both = [hidden.clone().requires_grad_() for _ in range(2)]
+    found, entropy = own_log_probs(model, both[0], labels, 4, temperature)
+    (found * pull).sum().backward()
+    log_probs = torch.log_softmax(own_logits(plain, both[1]) / temperature, -1)
+    ignored = labels == IGNORE_INDEX
+    expected = log_probs.gather(1, labels.clamp(min=0)[:, None])[:, 0].masked_fill(ignored, 0.0)
+    (expected * pull).sum().backward()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(both[0].grad, both[1].grad, rtol=1e-4, atol=1e-6)
+    ours, theirs = (m.get_output_embeddings().weight.grad for m in (model, plain))
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+    entropies = -(log_probs.exp() * log_probs).sum(-1).masked_fill(ignored, 0.0).detach()
+    torch.testing.assert_close(entropy, entropies, rtol=1e-5, atol=1e-6)
+    assert not entropy.requires_grad and ignored.any() and entropy[~ignored].min() > 0
+    linear = linear_head(model)
+    if linear is not None:
+        head, form = linear
+        also = linear_log_probs(
+            hidden, head.weight, labels, 4, temperature=temperature, bias=head.bias, form=form
+        )
+        torch.testing.assert_close(also, (found.detach(), entropy))
+
+
+def test_no_log_probs_by_the_own_head_are_empty_with_zero_gradients():
+    model = tiny_model("glm4")
+    hidden = torch.randn(0, model.config.hidden_size, requires_grad=True)
+    log_probs, entropy = own_log_probs(model, hidden, torch.empty(0, dtype=torch.long), 4)
+    log_probs.sum().backward()
+    assert log_probs.shape == entropy.shape == (0,)
+    assert not model.get_output_embeddings().weight.grad.any()

@@ -40,7 +40,7 @@ class Run:
             self.store = CheckpointStore(root, 2)
             self.published: list[int] = []
             self.saver = Saver(
-                world, self.learner, self.store, None, asynchronous, lambda s: self.published.append(s.step)
+                world, {"": self.learner}, self.store, {"": None}, asynchronous, lambda s: self.published.append(s.step)
             )  # fmt: skip
 
     def step(self) -> None:
@@ -94,13 +94,13 @@ def test_a_copy_is_complete_before_the_weights_change(
     run = Run(tmp_path, asynchronous=True)
     run.step()
     expected, go = run.weights(), threading.Event()
-    copy = run.saver._staging._copy_on_cpu
+    copy = run.saver._staging[""]._copy_on_cpu
 
     def slowly(key: str, tensor: torch.Tensor) -> torch.Tensor:
         go.wait(10)
         return copy(key, tensor)
 
-    monkeypatch.setattr(run.saver._staging, "_copy_on_cpu", slowly)
+    monkeypatch.setattr(run.saver._staging[""], "_copy_on_cpu", slowly)
     run.saver.save(state(1))
     threading.Timer(0.2, go.set).start()
     run.step()

@@ -1,0 +1,257 @@
+"""Adversarial distillation: a teacher's text → a student that writes like it, against a discriminator that learns along."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from trainway.checkpoint.state import TrainState
+from trainway.checkpoint.weights import DISCRIMINATOR_DIR
+from trainway.config.schema import RunConfig
+from trainway.data.prepare import PreparedData, prepare
+from trainway.data.teacher import end_tokens, own_template
+from trainway.data.teacher_rows import TeacherLoader, validation_rows
+from trainway.data.turns import Progress
+from trainway.engines import build_learner, choose_precision, engine_name
+from trainway.engines.base import Learner
+from trainway.engines.precision import Precision
+from trainway.gad.loop import Work, fit
+from trainway.gad.phases import Players
+from trainway.gad.samples import write_samples
+from trainway.gad.student import StudentLoss
+from trainway.gad.validation import validate
+from trainway.gad.warmup import Warmup, find_warmup
+from trainway.logs import stage as log_stage
+from trainway.models.base import BaseModel, find_base
+from trainway.models.discriminator import DiscriminatorLoss, scoring_tokenizer
+from trainway.models.lora import check_gradients
+from trainway.planning.gad import Stage, describe_stages, gad_stages, stage_seed
+from trainway.recipes.model import RunModel, build_run_discriminator, build_run_model
+from trainway.recipes.opening import run_recipe
+from trainway.rollout.base import RolloutEngine, Sampling
+from trainway.tracking import open_trackers
+from trainway.tracking.jsonl import cut_after
+from trainway.training.runs import write_status
+from trainway.training.saving import STUDENT
+from trainway.training.session import (
+    RunResult,
+    Session,
+    finish,
+    make_saver,
+    recorded_end,
+    starting_state,
+)
+from trainway.training.shutdown import StopSignal
+from trainway.training.sources import describe_sources
+from trainway.training.speed import SpeedMeter
+
+
+def gad(config: RunConfig, **how: Any) -> RunResult:
+    """Train `model.path` on a teacher's answers, through the stages of gad.stage; see `run_recipe` for the arguments."""
+    critic = _find_discriminator(config)
+    return run_recipe(config, _prepare, lambda session, stop: _train(session, stop, critic), **how)
+
+
+def _prepare(config: RunConfig, base: BaseModel | None, progress: Progress | None) -> PreparedData:
+    assert base is not None, "the configuration demands model.path"
+    return prepare(config, progress=progress, tokenizer_dir=base.directory)
+
+
+def _find_discriminator(config: RunConfig) -> BaseModel | None:
+    """The model that gad.discriminator names; None where the discriminator begins as the student."""
+    if config.gad.discriminator is None or config.gad.stage in ("seqkd", "adversarial"):
+        return None
+    return find_base(config.gad.discriminator, cache=Path(config.data.store_dir), needs_tokenizer=False)
+
+
+def _train(session: Session, stop: StopSignal, critic: BaseModel | None) -> RunResult:
+    config, world, run = session.config, session.world, session.run
+    resumed = world.from_main(bool(session.checkpoints.steps()) if world.is_main else None)
+    warmup = None if resumed else _find_warmup(session)
+    stages = gad_stages(config, session.prepared.rows_per_epoch(config.train.seq_len))
+    assert stages is not None, "the number of rows is known"
+    session.checkpoints.pinned = {stage.before for stage in stages if stage.name == "adversarial"}
+    with ExitStack() as stack:
+        student, built = _student(session, stages[0])
+        learners: dict[str, Learner] = {STUDENT: student}
+        if config.gad.stage != "seqkd":
+            learners[DISCRIMINATOR_DIR] = _discriminator(session, critic)
+        state = starting_state(session, learners)
+        if world.is_main:
+            for records in (run.metrics, run.samples):
+                cut_after(records, state.step if resumed else -1)
+            write_status(run, "running", state.step)
+        _describe(session, stages, learners)
+        trackers = open_trackers(
+            config.tracking, run, first_step=state.step + 1 if resumed else 0, is_main=world.is_main
+        )
+        stack.callback(trackers.close)
+        ends = end_tokens(session.tokenizer, own_template(session.tokenizer))
+        sampling = Sampling(
+            config.data.max_response_tokens,
+            config.rollout.temperature,
+            config.rollout.top_p,
+            ends,
+        )
+        precision = choose_precision(config.train.precision, world.device)
+        engine = _rollouts(session, student, precision)
+        stack.callback(engine.close)
+        players = Players(
+            gad=config.gad,
+            rollout=config.rollout,
+            world=world,
+            student=student,
+            discriminator=learners.get(DISCRIMINATOR_DIR),
+            engine=engine,
+            precision=precision,
+            pad_id=session.store.streams()[0].pad_id,
+            packed=config.data.packing == "documents",
+        )
+        held_out = validation_rows(session.store.split("val"), config.eval.num_prompts, end_token=ends[0])
+
+        def check(step: int, stage: Stage) -> dict[str, float]:
+            figures, samples = validate(
+                players, session.tokenizer, held_out, sampling, step, config.eval.num_samples
+            )
+            trackers.log(step, {"gad/stage": stage.name, **figures})
+            if world.is_main:
+                write_samples(run.samples, samples)
+            log_stage("EVAL", f"step {step}: {_summary(figures)}")
+            return figures
+
+        def check_first_step(learner: Learner) -> None:
+            if config.lora.enabled:
+                check_gradients(learner.model, learner.snapshot(), world.sum)
+
+        work = Work(
+            config=config,
+            stages=stages,
+            players=players,
+            sampling=sampling,
+            loaders={stage.name: _loader(session, stage, ends) for stage in stages},
+            meter=SpeedMeter(0.0, 0.0, world.device),
+            trackers=trackers,
+            stop=stop,
+            validate=check,
+            saver=make_saver(
+                session, learners, {DISCRIMINATOR_DIR: scoring_tokenizer(session.tokenizer, ends)}
+            ),
+            checkpoints=session.checkpoints,
+            check_first_step=check_first_step,
+        )
+        with recorded_end(session):
+            if not resumed:
+                state = _begin(work, state, learners, warmup)
+            state = fit(work, state)
+    return finish(session, state, work.saver.stalled_s, built.census)
+
+
+def _begin(work: Work, state: TrainState, learners: dict[str, Learner], warmup: Warmup | None) -> TrainState:
+    """Step 0: the warm-up's weights, if it begins there, a look at the student, and the checkpoint it is measured by."""
+    if warmup is not None:
+        for name, learner in learners.items():
+            learner.read(warmup.path / name, weights_only=True)
+        log_stage("STAGE", f"student and discriminator from {warmup.path} (step {warmup.step})")
+    work.validate(0, work.stages[0])
+    if warmup is not None:
+        work.trackers.sync()
+        work.saver.save(state)
+    return state
+
+
+def _student(session: Session, first: Stage) -> tuple[Learner, RunModel]:
+    config = session.config
+    if first.name == "seqkd":
+        config = _with_lr(config, config.gad.seqkd_lr)
+    built = build_run_model(session)
+    no_dropout(built.model)
+    module = StudentLoss(built.model, chunk_tokens=config.train.loss_chunk_tokens)
+    for note in built.notes:
+        log_stage("MODEL", f"student: {note}")
+    return build_learner(config, module, built.model, session.world, built.weights), built
+
+
+def _discriminator(session: Session, base: BaseModel | None) -> Learner:
+    config = session.config
+    config = _with_lr(config, config.gad.discriminator_lr or config.optim.lr)
+    base = base or session.base
+    assert base is not None, "the configuration demands model.path"
+    built = build_run_discriminator(session, base)
+    no_dropout(built.model)
+    for note in built.notes:
+        log_stage("MODEL", f"discriminator: {note}")
+    return build_learner(config, DiscriminatorLoss(built.model), built.model, session.world, built.weights)
+
+
+def _find_warmup(session: Session) -> Warmup | None:
+    """Where stage adversarial begins; None for every other."""
+    config, world = session.config, session.world
+    if config.gad.warmup_run is None or config.gad.stage != "adversarial":
+        return None
+    path, tokenizer_hash = config.gad.warmup_run, session.store.manifest.tokenizer_hash
+
+    def find() -> Warmup:
+        return find_warmup(path, base_hash=session.base_hash, tokenizer_hash=tokenizer_hash)
+
+    found = world.from_main(world.together(lambda: [str(part) for part in find()] if world.is_main else None))
+    return Warmup(Path(found[0]), int(found[1]))
+
+
+def _rollouts(session: Session, student: Learner, precision: Precision) -> RolloutEngine:
+    config = session.config
+    match config.rollout.engine, config.rollout.batching:
+        case "vllm", _:
+            from trainway.rollout.vllm import open_vllm
+
+            return open_vllm(config, session, student)
+        case _, "continuous":
+            from trainway.rollout.continuous import ContinuousRollout
+
+            return ContinuousRollout(student, config.rollout, precision)
+        case _:
+            from trainway.rollout.transformers import TransformersRollout
+
+            return TransformersRollout(student, config.rollout.batch_size)
+
+
+def no_dropout(model: nn.Module) -> None:
+    """Turn dropout off: what is scored in one pass is trained in another, and both must see the same model."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def _with_lr(config: RunConfig, lr: float) -> RunConfig:
+    return config.model_copy(update={"optim": config.optim.model_copy(update={"lr": lr})})
+
+
+def _loader(session: Session, stage: Stage, ends: tuple[int, ...]) -> TeacherLoader:
+    config = session.config
+    return TeacherLoader(
+        session.store.streams(),
+        end_token=ends[0],
+        mix=session.prepared.mix,
+        prompts_per_step=session.geometry.global_batch_size,
+        seed=stage_seed(config.seed, stage),
+        shuffle=config.data.shuffle,
+    )
+
+
+def _describe(session: Session, stages: tuple[Stage, ...], learners: dict[str, Learner]) -> None:
+    config, geometry, world = session.config, session.geometry, session.world
+    describe_sources(session)
+    log_stage("DDP", f"{engine_name(config, world)} on {world.world_size} process(es), {world.device}")
+    prompts = f"{geometry.global_batch_size} prompts a step, {geometry.steps_per_epoch} steps an epoch"
+    log_stage("STAGE", f"{describe_stages(stages)}; {prompts}")
+
+
+def _summary(figures: dict[str, float]) -> str:
+    shown = f"loss {figures['val/loss']:.4f}  ROUGE-L {figures['val/rouge_l']:.3f}"
+    shown += f"  length {figures['val/length']:.1f} (teacher {figures['val/teacher_length']:.1f})"
+    shown += f"  truncated {figures['val/truncated']:.0%}"
+    if "val/discriminator_accuracy" in figures:
+        shown += f"  discriminator {figures['val/discriminator_accuracy']:.0%}"
+    return shown

@@ -1,0 +1,61 @@
+"""How every recipe begins: model and data found, processes met, the run's directory opened under its lock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from trainway.checkpoint.lock import run_lock
+from trainway.config.schema import RunConfig
+from trainway.data.prepare import PreparedData
+from trainway.data.turns import Progress
+from trainway.engines.world import open_world
+from trainway.files import disk_faults
+from trainway.logs import start_logging
+from trainway.models.base import BaseModel
+from trainway.recipes.model import find_run_base, run_shape
+from trainway.run_dir import RunDir
+from trainway.training.memory import memory_advice
+from trainway.training.runs import Resume, choose_run_dir, run_status
+from trainway.training.session import RunResult, Session, begin_session, finished_before
+from trainway.training.shutdown import StopSignal
+
+Prepare = Callable[[RunConfig, BaseModel | None, Progress | None], PreparedData]
+"""Make or find the token store, before the process group exists: it may take longer than a collective may wait."""
+
+
+def run_recipe(
+    config: RunConfig,
+    prepare: Prepare,
+    train: Callable[[Session, StopSignal], RunResult],
+    *,
+    resume: Resume = "auto",
+    allow_changes: bool = False,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Open a run, or one that was stopped or killed again, and `train` in it.
+
+    Args:
+        resume: `auto` goes on from the newest intact checkpoint, `never` begins a new run, a number resumes there.
+        allow_changes: go on although settings or data differ from those the run began with.
+        progress: told (label, bytes done, bytes in all) while model and data are prepared.
+
+    Raises:
+        UserError: the message says what to do; nothing that was saved before is lost.
+        Stopped: SIGTERM or SIGINT came; the last finished step is saved.
+    """
+    with ExitStack() as stack:
+        base = find_run_base(config, progress)
+        prepared = prepare(config, base, progress)
+        world = stack.enter_context(open_world(config.engine, config.train.num_threads))
+        start_logging(config.log.level, is_main=world.is_main)
+        run = RunDir(Path(world.from_main(str(choose_run_dir(config, resume).path) if world.is_main else "")))
+        world.together(lambda: stack.enter_context(run_lock(run)) if world.is_main else None)
+        stack.enter_context(disk_faults(run.path))
+        if run_status(run)["state"] == "done" and resume == "auto":
+            return finished_before(config, run, allow_changes)
+        session = begin_session(config, world, run, prepared, base, resume, allow_changes)
+        stop = stack.enter_context(StopSignal())
+        stack.enter_context(memory_advice(config, run_shape(session), session.geometry, world))
+        return train(session, stop)

@@ -1,0 +1,1 @@
+"""Rollouts: what the student answers, by an engine of its own behind one protocol."""

@@ -1,0 +1,111 @@
+"""Under every engine the student answers as on one process, and training does not notice."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import once, shared
+from tests.rollout_worker import STEPS, Job, requests
+
+CASES: dict[str, dict[str, Any]] = {
+    "ddp": {"engine": "ddp"},
+    "fsdp": {"engine": "fsdp"},
+    "fsdp-offload": {"engine": "fsdp", "offload": "all"},
+    "fsdp-experts": {"engine": "fsdp", "family": "qwen3-moe"},
+    "fsdp-continuous": {"engine": "fsdp", "rollouts": "continuous"},
+    "zero2": {"engine": "zero2"},
+    "zero3": {"engine": "zero3"},
+    "zero3-offload": {"engine": "zero3", "offload": "all"},
+}
+"""What runs on two ranks, with answers between the steps and without."""
+ALONE = {"llama": "single", "qwen3-moe": "single-experts"}
+
+
+def launch(jobs: list[Job], nproc: int) -> None:
+    """Run jobs on `nproc` ranks."""
+    for job in jobs:
+        Path(job.out).mkdir(parents=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in range(nproc):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        if nproc > 1:
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(nproc)}
+            env |= {"LOCAL_WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, "-m", "tests.rollout_worker", json.dumps(jobs)]
+        processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case on two ranks, and each family on one process."""
+    root = shared(tmp_path_factory, "rollout-engines") / "runs"
+    return once(root, lambda: _run_all(root))
+
+
+def _run_all(root: Path) -> None:
+    def job(name: str, **settings: Any) -> Job:
+        return Job(str(root / name), **settings)
+
+    alone = [job(name, engine="single", rollouts="static", family=f) for f, name in ALONE.items()]
+    launch([*alone, job("single-quiet", engine="single")], 1)
+    jobs = [
+        job(f"{name}{suffix}", **{"rollouts": "static", **case, **more})
+        for name, case in CASES.items()
+        for suffix, more in (("", {}), ("-quiet", {"rollouts": ""}))
+    ]
+    launch(jobs, 2)
+
+
+def records(root: Path, rank: int = 0) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((root / f"records-{rank}.json").read_text())
+    return found
+
+
+def reference(runs: Path, case: str) -> dict[str, Any]:
+    return records(runs / ALONE[CASES[case].get("family", "llama")])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_answers_are_those_of_one_process(runs: Path, case: str) -> None:
+    """Each rank answers requests of its own, of other lengths and number; one of them may have none."""
+    expected = reference(runs, case)["answers"]
+    ranks = [records(runs / case, rank)["answers"] for rank in range(2)]
+    assert len(expected) == STEPS + 1 and expected[0] != expected[1] != expected[2] != expected[3]
+    for step, (first, second) in enumerate(zip(*ranks, strict=True)):
+        assert len(first) + len(second) == len(requests())
+        assert first | second == expected[step]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_is_the_same_without_them(runs: Path, case: str) -> None:
+    for rank in range(2):
+        loud, quiet = (records(runs / name, rank) for name in (case, f"{case}-quiet"))
+        assert loud["steps"] == quiet["steps"] and len(loud["steps"]) == STEPS  # as hex: bit for bit
+        assert loud["weights"] == quiet["weights"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_is_that_of_one_process(runs: Path, case: str) -> None:
+    for own, other in zip(records(runs / case)["steps"], reference(runs, case)["steps"], strict=True):
+        numbers = [float.fromhex(value) for value in other]
+        assert [float.fromhex(value) for value in own] == pytest.approx(numbers, rel=1e-5)
+
+
+def test_one_process_does_not_notice_either(runs: Path) -> None:
+    loud, quiet = records(runs / "single"), records(runs / "single-quiet")
+    assert loud["steps"] == quiet["steps"]
+    assert loud["weights"] == quiet["weights"]
