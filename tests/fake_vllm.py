@@ -110,7 +110,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.reply({"status": "reset"})
             case "/weight_checker":
                 prefix = "dp0:pp0:pcp0:tp0:"
-                self.reply({"checksums": {prefix + name: value for name, value in state.tensors.items()}})
+                held = dict(state.tensors)
+                if FAULTS.get("packed"):
+                    held["packed"] = hashlib.sha256().hexdigest()
+                self.reply({"checksums": {prefix + name: value for name, value in held.items()}})
             case "/sleep":
                 state.away = {"weights", "kv_cache"}
                 state.tensors = dict.fromkeys(state.tensors, "gone")

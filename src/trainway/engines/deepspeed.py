@@ -37,6 +37,9 @@ INSTALL = "pip install ninja && pip install --no-build-isolation 'deepspeed>=0.1
 OLDEST = (0, 19, 8)
 """Before, a gradient that is not finite could pass for one of norm 1."""
 
+_open_engines: list[Any] = []
+"""Of this process: a student's and a discriminator's, say."""
+
 
 class DeepSpeedLearner:
     """DeepSpeed's engine around `module`, a summed loss over `model` on the meta device.
@@ -51,7 +54,7 @@ class DeepSpeedLearner:
     ):
         settings = ds_config(config, world.world_size, precision, on_gpu=world.device.type == "cuda")
         deepspeed = _import_deepspeed(world)
-        if not deepspeed.comm.is_initialized():
+        if not _open_engines:
             world.closing.callback(_leave, deepspeed)  # before any engine's, and so called after them
         _check(deepspeed, settings, config)
         self.model, self.world = model, world
@@ -81,6 +84,7 @@ class DeepSpeedLearner:
         self._accept: Callable[[float], bool] | None = None
         self._norm: float | None = None
         self._accepted = False
+        _open_engines.append(self._engine)
         world.closing.callback(_close, self._engine, linear)
 
     def micro_step(self, *, sync: bool) -> AbstractContextManager[Any]:
@@ -203,6 +207,7 @@ def _name(model: nn.Module, wanted: Tensor) -> str:
 
 
 def _close(engine: Any, linear: Any) -> None:
+    _open_engines.remove(engine)
     engine.destroy()
     nn.functional.linear = linear
 

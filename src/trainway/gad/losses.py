@@ -66,10 +66,10 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
     rewards [B, n], a row for the answers to one prompt. A row of equal rewards gives exactly 0.
     """
     rewards = _at_least_fp32(rewards)
+    # A sum of equal numbers divided by their count can be a rounding off, as large as eps; std_mean's running mean
+    # (Welford's) of equal numbers is that number.
     std, mean = torch.std_mean(rewards, dim=1, keepdim=True)
-    # the mean of equal numbers can be one rounding off, and eps is no larger than that
-    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
-    return ((rewards - mean) / (std + eps)).masked_fill(equal, 0.0)
+    return (rewards - mean) / (std + eps)
 
 
 def policy_loss(

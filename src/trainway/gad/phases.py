@@ -274,7 +274,12 @@ def _policy_gradient(
         )
         with learner.micro_step(sync=number == len(parts) - 1):
             loss, found = learner.module(
-                batch.input_ids, batch.labels, batch.position_ids, batch.boundaries, batch.targets, objective
+                batch.input_ids,
+                batch.labels,
+                batch.position_ids,
+                batch.boundaries,
+                batch.targets,
+                objective=objective,
             )
             learner.backward(loss, scale=1 / total)
         summed += loss.item()  # device→host sync
@@ -303,7 +308,12 @@ def _log_probs(
         batch = part.batch.to(device)
         with _forward(players, learner):
             logp, _ = learner.module(
-                batch.input_ids, batch.labels, batch.position_ids, batch.boundaries, batch.targets, objective
+                batch.input_ids,
+                batch.labels,
+                batch.position_ids,
+                batch.boundaries,
+                batch.targets,
+                objective=objective,
             )
         found: torch.Tensor = logp.detach()
         return found

@@ -12,6 +12,7 @@ from trainway.errors import ConfigError, DataError
 from trainway.run_dir import RunDir
 from trainway.training.saving import STATE_FILE
 
+
 class Warmup(NamedTuple):
     """A checkpoint of a warm-up."""
 

@@ -165,7 +165,7 @@ class DiscriminatorLoss(nn.Module):
 
     def _scores(self, hidden: Tensor) -> Tensor:
         """[S] of [S, H]; in fp32 under autocast too: near 12 the numbers of bf16 are 0.0625 apart."""
-        weight: Tensor = self.model.get_submodule(HEAD).weight  # type: ignore[assignment]  # [1, H]
+        weight = self.model.get_submodule(HEAD).weight  # [1, H]
         kind = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             return (hidden.to(kind) @ weight.to(kind).T).squeeze(-1)

@@ -44,7 +44,7 @@ class StateCache(DynamicCache):
             cache, kept = joining[0]
             self.layers = cache.layers
         if kept is not None:
-            self.reorder_cache(kept)  # type: ignore[arg-type]  # any rows, not a permutation alone
+            self.reorder_cache(kept)
 
 
 def new_cache(config: PreTrainedConfig) -> ColumnCache | StateCache:

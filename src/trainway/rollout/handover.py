@@ -15,7 +15,7 @@ import torch
 from trainway.checkpoint.pieces import StoredTensors, open_tensors
 from trainway.engines.world import World
 from trainway.errors import EnvironmentFault
-from trainway.files import disk_faults
+from trainway.files import disk_faults, read_json
 from trainway.rollout.keeper import Kept
 
 WEIGHTS_DIR = "TRAINWAY_VLLM_WEIGHTS"
@@ -68,6 +68,13 @@ def check_complete(directory: Path, model_dir: Path) -> None:
             f"{len(wrong)} tensors of {model_dir} are missing so",
             "this family's weights have other names while it is trained: use rollout.engine=transformers",
         )
+
+
+def head_is_tied(model_dir: Path) -> bool:
+    """Whether a model's output head is its input embedding: it has no weights for one, or says so."""
+    with open_tensors(sorted(model_dir.glob("*.safetensors"))) as model:
+        own = any(name.rpartition("lm_head.")[1] for name in model.shapes)
+    return not own or bool(read_json(model_dir / "config.json").get("tie_word_embeddings"))
 
 
 def _tied(model: StoredTensors, name: str, given: Iterable[str]) -> bool:

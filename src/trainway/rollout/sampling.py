@@ -10,6 +10,9 @@ _BLOCK = 128
 """Tokens whose probabilities are summed before any is looked at: a running sum over a vocabulary takes longer than all
 the rest."""
 
+_HEAD = 1024
+"""The likeliest tokens, among which the share of top_p is looked for first."""
+
 
 def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """A double in [0, 1) for each answer: what its `seeds` (uint64 [B]) give at `positions` (integers [B], from 0).
@@ -48,11 +51,20 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> T
 
 def _likeliest(probs: Tensor, top_p: float) -> Tensor:
     """`probs` [B, V] with 0 for all that top_p leaves out (Holtzman et al. 2020, arXiv 1904.09751)."""
+    vocabulary = probs.shape[-1]
+    if probs.device.type == "cpu" and vocabulary > _HEAD:
+        # to sort a vocabulary takes a CPU as long as the model
+        falling = probs.topk(_HEAD).values
+        mass = falling.double().cumsum(-1)
+        if (mass[:, -1] >= top_p).all():
+            return _kept(probs, falling, mass, top_p)
     falling = probs.sort(-1, descending=True).values
-    reached = (falling.double().cumsum(-1) < top_p).sum(
-        -1, keepdim=True
-    )  # the token with which the share is full
-    least = falling.gather(-1, reached.clamp_(max=probs.shape[-1] - 1))
+    return _kept(probs, falling, falling.double().cumsum(-1), top_p)
+
+
+def _kept(probs: Tensor, falling: Tensor, mass: Tensor, top_p: float) -> Tensor:
+    reached = (mass < top_p).sum(-1, keepdim=True)  # the token with which the share is full
+    least = falling.gather(-1, reached.clamp_(max=falling.shape[-1] - 1))
     return probs.masked_fill(probs < least, 0.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
@@ -22,7 +23,7 @@ from trainway.engines.world import World
 from trainway.errors import ConfigError, EnvironmentFault
 from trainway.files import disk_faults
 from trainway.rollout.base import Request, Rollout, Sampling
-from trainway.rollout.handover import check_complete, handover
+from trainway.rollout.handover import check_complete, handover, head_is_tied
 from trainway.rollout.vllm_server import VllmServer, check_url, server_in, start_server
 
 VERSIONS = ((0, 32), (0, 33))
@@ -33,6 +34,7 @@ WriteWeights = Callable[[Path], None]
 _DTYPES: dict[Precision, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _MIN_TEMPERATURE = 0.01  # vLLM takes a lower one for this
 _SEEDS = 2**63  # vLLM's are signed
+_NOTHING = hashlib.sha256().hexdigest()
 # whatever defaults a server was given: nothing but temperature and top_p shapes what is drawn
 _PLAIN = {"n": 1, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
           "frequency_penalty": 0.0, "min_tokens": 0, "ignore_eos": True, "return_token_ids": True}  # fmt: skip
@@ -136,7 +138,7 @@ class VllmRollout:
 
     def begin(self) -> None:
         """Note what the server's weights are, for the proof that the first `sync` changes all of them; let it sleep."""
-        self._checksums = self._world.together(lambda: self._checksum() if self._leads else {})
+        self._world.together(lambda: self._note_weights() if self._leads else None)
         self._sleep()
 
     def sync(self) -> None:
@@ -218,6 +220,17 @@ class VllmRollout:
                 lambda: self._server.call("/sleep?level=2&mode=wait") if self._leads else None
             )
             self._asleep = True
+
+    def _note_weights(self) -> None:
+        self._checksums = self._checksum()
+        # Tensors of no bytes: kernels for CPUs hold them packed. vLLM packs those that it reads anew, and so never
+        # again a head that is tied: it would answer with the head that it was started with.
+        if _NOTHING in self._checksums.values() and head_is_tied(self._model_dir):
+            raise self._server.fault(
+                "cannot take other weights for a head that is tied to the embedding",
+                "vLLM on a CPU keeps a packed copy of that head",
+                "use rollout.engine=transformers, or a GPU",
+            )
 
     def _zero(self) -> dict[str, str]:
         self._server.call("/weight_checker", {"action": "reset"})

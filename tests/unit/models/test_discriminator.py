@@ -83,9 +83,11 @@ def test_it_is_the_base_with_a_scalar_head(family: str, tmp_path: Path) -> None:
     base = stored(family, tmp_path)
     causal, model = build_base(base, dtype=torch.float32), filled(base)
     ours, theirs = (dict(m.named_parameters()) for m in (model, causal))
-    assert {
-        parameter.device.type for parameter in build_discriminator(base, dtype=torch.float32).parameters()
-    } == {"meta"}
+    on_meta = build_discriminator(base, dtype=torch.float32, pad_id=7)
+    assert all(parameter.is_meta for parameter in on_meta.parameters())
+    assert on_meta.config.pad_token_id == 7
+    # so that the row of a padding token learns as it does in the student
+    assert on_meta.get_input_embeddings().padding_idx == causal.get_input_embeddings().padding_idx != 7
     body = {name for name in theirs if name.startswith(f"{causal.base_model_prefix}.")}
     assert ours.keys() == body | {"score.weight"}
     assert ours["score.weight"].shape == (1, model.config.hidden_size)

@@ -25,7 +25,14 @@ def tokens(groups: list[list[Rollout]]) -> list[list[list[int]]]:
     return [[rollout.tokens.tolist() for rollout in group] for group in groups]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe", "mistral", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        "gpt_oss",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_moe", "gemma3_text")),
+    ],
+)
 def test_static_continuous_and_generate_answer_alike(family: str) -> None:
     """Also after a change of weights."""
     model = tiny_model(family)
@@ -51,7 +58,7 @@ def test_drawn_answers_are_those_of_the_static_batch(top_p: float) -> None:
     model, sampling = tiny_model("llama"), Sampling(30, 0.9, top_p, (2, 7, 30))
     requests = sampled_requests()
     expected = TransformersRollout(learner(model), 64).generate(requests, sampling)
-    for batch_size in (4, 64):
+    for batch_size in (4, 64) if top_p == 1 else (5,):
         found = ContinuousRollout(learner(model), batch_size).generate(requests, sampling)
         assert tokens(found) == tokens(expected)
         for group, other in zip(found, expected, strict=True):

@@ -25,7 +25,7 @@ def test_numbers_are_uniform() -> None:
     numbers = uniforms(np.arange(400, dtype=np.uint64).repeat(500), np.tile(np.arange(500), 400))
     counts = np.histogram(numbers, bins=100, range=(0, 1))[0]
     chi_square = ((counts - 2000) ** 2 / 2000).sum()
-    assert 0.0 <= numbers.min() and numbers.max() < 1.0
+    assert numbers.min() >= 0.0 and numbers.max() < 1.0
     assert 60 < chi_square < 150  # 99 degrees of freedom: 99 ± 14
     pairs = numbers.reshape(400, 500)
     assert abs(np.corrcoef(pairs[:, 0], pairs[:, 1])[0, 1]) < 0.2
@@ -57,6 +57,24 @@ def test_top_p_keeps_the_smallest_set_of_likeliest_tokens() -> None:
     assert drawn(0.64)[1] == pytest.approx(1000 * 0.3 / 0.65, abs=1)
     assert [count > 0 for count in drawn(0.84)] == [False, True, False, True, True]
     assert drawn(1.0) == pytest.approx([100, 300, 50, 350, 200], abs=1)
+
+
+def test_top_p_of_a_large_vocabulary() -> None:
+    """The share is full among the first thousand tokens in some rows, and long after in others."""
+    generator = torch.Generator().manual_seed(3)
+    peaked, flat = 8 * torch.randn(20, 5000, generator=generator), torch.randn(20, 5000, generator=generator)
+    uniform = torch.rand(20, generator=generator, dtype=torch.float64)
+    alone = [draw(logits, uniform, 1.0, 0.9) for logits in (peaked, flat)]
+    assert torch.equal(draw(torch.cat([peaked, flat]), uniform.repeat(2), 1.0, 0.9), torch.cat(alone))
+    for logits, tokens in zip((peaked, flat), alone, strict=True):
+        probs = logits.softmax(-1)
+        falling, order = probs.sort(-1, descending=True)
+        ranks = order.argsort(-1).gather(-1, tokens[:, None])[:, 0]
+        inside = (falling.cumsum(-1) < 0.9).sum(-1)
+        assert (ranks <= inside).all()
+        kept = torch.where(order.argsort(-1) <= inside[:, None], probs, 0.0).double()
+        shares = (kept / kept.sum(-1, keepdim=True)).cumsum(-1)
+        assert torch.equal(tokens, torch.searchsorted(shares, uniform[:, None], right=True)[:, 0])
 
 
 def test_of_equally_likely_tokens_top_p_takes_all() -> None:

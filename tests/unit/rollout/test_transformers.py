@@ -22,9 +22,14 @@ from trainway.rollout.base import Request, Rollout, Sampling
 from trainway.rollout.cache import ColumnCache, StateCache, new_cache
 from trainway.rollout.transformers import TransformersRollout
 
-FAMILIES = (
-    "llama", "qwen3", "qwen3_moe", "mistral", "gemma2", "gemma3_text", "gpt_oss", "deepseek_v3", "gpt2", "phi3"
-)  # fmt: skip
+OFTEN = ("llama", "qwen3_moe", "gemma2", "gemma3_text", "gpt_oss")
+FAMILIES = [
+    *OFTEN,
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("qwen3", "mistral", "deepseek_v3", "gpt2", "phi3")
+    ),
+]
 LENGTHS = (1, 3, 9, 9, 21, 30)
 GREEDY = Sampling(24, 0.0, 1.0, (2,))
 
@@ -95,7 +100,7 @@ def test_greedy_answers_are_those_of_generate(family: str) -> None:
     assert len({len(group[0]) for group in expected}) > 2
     requests = [Request(prompt, (1, 2)) for prompt in prompts()]
     assert isinstance(new_cache(model.config), ColumnCache)
-    for batch_size in (3, 5, 64):
+    for batch_size in (3, 64):
         assert answers(model, requests, sampling, batch_size) == expected
 
 

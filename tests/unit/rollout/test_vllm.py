@@ -26,7 +26,7 @@ from trainway.errors import ConfigError, EnvironmentFault
 from trainway.rollout import handover as handover_module
 from trainway.rollout import vllm_server
 from trainway.rollout.base import Request, Sampling
-from trainway.rollout.handover import check_complete
+from trainway.rollout.handover import check_complete, head_is_tied
 from trainway.rollout.vllm import VllmRollout, open_vllm
 
 SAMPLING = Sampling(max_new_tokens=5, temperature=0.8, top_p=0.9, end_tokens=(END, 9))
@@ -268,6 +268,32 @@ def test_a_tied_tensor_is_not_missed(tmp_path: Path) -> None:
         EnvironmentFault, match="norm is not among the weights for vLLM, or has another shape"
     ):
         check_complete(tmp_path / "other", tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "tied"),
+    [
+        (["model.embed_tokens.weight"], {}, True),
+        (["model.embed_tokens.weight", "lm_head.weight"], {"tie_word_embeddings": True}, True),
+        (["model.embed_tokens.weight", "lm_head.weight"], {"tie_word_embeddings": False}, False),
+        (["model.embed_tokens.weight", "language_model.lm_head.weight"], {}, False),
+    ],
+)
+def test_packed_weights_and_a_tied_head_do_not_go_together(
+    bench: Bench, tensors: list[str], config: dict[str, bool], tied: bool
+) -> None:
+    for file in bench.model.iterdir():
+        file.unlink()
+    save_file({name: np.zeros(1) for name in tensors}, bench.model / "model.safetensors")
+    (bench.model / "config.json").write_text(json.dumps(config))
+    assert head_is_tied(bench.model) == tied
+    if not tied:
+        bench.open(faults={"packed": True}).close()
+        return
+    with pytest.raises(EnvironmentFault, match="cannot take other weights for a head that is tied"):
+        bench.open(faults={"packed": True})
+    assert not alive(bench.pid())
+    bench.open().close()
 
 
 def test_a_slow_start_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
