@@ -1,9 +1,9 @@
 """Fine-tuning throughput: Trainway against TRL's SFTTrainer (packing) and transformers' Trainer (padding), on real chats.
 
-python benchmarks/sft.py [--rounds 5] [--way full|lora|both] [--steps 50] [--layers 6]
+python benchmarks/sft.py [--rounds 5] [--way full|lora|both] [--steps 50] [--layers 30]
 
 Every arm and round is a training of its own, from start to end, by the trainer's own means: its data path, its packing or
-padding, its optimiser. All begin with the same weights (SmolLM2-135M's first layers) and the same conversations, and
+padding, its optimiser. All begin with the same weights (SmolLM2-135M, or its first layers) and the same conversations, and
 take about the same number of target tokens per step; fp32, fused AdamW, the same rate, clipping and threads; no
 checkpointing, no bf16, nothing saved or evaluated on the clock. The rate falls linearly to nothing; order and seed of the
 rows turn from round to round; ratios are paired within a round. Supervised tokens per second are those whose loss counts,
@@ -44,7 +44,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--way", choices=("full", "lora", "both"), default="both")
     parser.add_argument("--arm", nargs=2, metavar=("ARM", "SETTINGS"), help=argparse.SUPPRESS)
     options = parser.parse_args()

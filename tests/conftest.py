@@ -15,14 +15,20 @@ from pathlib import Path
 import pytest
 import yaml
 
+from trainway.data.turns import turn
+
 WORDS = "the a def class return import self value name data list of to in is not and for with from".split()
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """400 documents of very different lengths, so that ranks get uneven numbers of targets."""
+    path = shared(tmp_path_factory, "corpus") / "train.jsonl"
+    return once(path, lambda: write_corpus(path))
+
+
+def write_corpus(path: Path) -> None:
     rng = random.Random(7)
-    path = tmp_path_factory.mktemp("corpus") / "train.jsonl"
     with path.open("w") as file:
         for i in range(400):
             words = [
@@ -30,12 +36,29 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 for _ in range(rng.randrange(3, 160))
             ]
             file.write(json.dumps({"text": f"document {i}: " + " ".join(words)}) + "\n")
-    return path
 
 
 @pytest.fixture(scope="session")
 def store_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("stores")
+    return shared(tmp_path_factory, "stores")
+
+
+def shared(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+    """A directory that is the same in every worker of this run of the suite."""
+    base = tmp_path_factory.getbasetemp()
+    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    directory.mkdir(exist_ok=True)
+    return directory
+
+
+def once(path: Path, make: Callable[[], object]) -> Path:
+    """`path`, which `make` makes for the first test of any worker that asks for it."""
+    made = path.with_name(f"{path.name}.made")
+    with turn(path.with_name(f"{path.name}.lock")):
+        if not made.exists():
+            make()
+            made.touch()
+    return path
 
 
 def tiny(corpus: Path, store_dir: Path, run_dir: Path, **train: object) -> dict[str, object]:

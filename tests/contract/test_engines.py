@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import launch, metrics, run_cli, tiny, wait_for, write_config
+from tests.conftest import launch, metrics, once, run_cli, shared, tiny, wait_for, write_config
 from trainway.release.bundle import export
 
 ENGINES: dict[str, tuple[int, list[str]]] = {
@@ -59,17 +59,19 @@ class Runs:
 
     def __call__(self, optimizer: str, engine: str) -> Path:
         run = self._root / f"{optimizer}-{engine}"
-        if not run.exists():
+
+        def make() -> None:
             config = tiny(self._corpus, self._store_dir, run)
             config["optim"] = {"lr": 3e-3, "name": optimizer}
             nproc, settings = (ENGINES | VARIANTS)[engine]
             run_cli("train", write_config(run.with_suffix(".yaml"), config), "--nproc", nproc, *settings)
-        return run
+
+        return once(run, make)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, corpus: Path, store_dir: Path) -> Runs:
-    return Runs(tmp_path_factory.mktemp("engines"), corpus, store_dir)
+    return Runs(shared(tmp_path_factory, "engines"), corpus, store_dir)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import once, shared
 from tests.lora_models import logits, plain
 from tests.lora_worker import CASES, STEPS, Job
 from trainway.checkpoint.weights import assemble, is_in_pieces, read_model_state
@@ -46,8 +47,11 @@ def launch(jobs: list[Job], nproc: int) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case on one process and on two, from the start and from the middle of the other's run."""
-    root = tmp_path_factory.mktemp("runs")
+    root = shared(tmp_path_factory, "lora-engines") / "runs"
+    return once(root, lambda: _run_all(root))
 
+
+def _run_all(root: Path) -> None:
     def job(name: str, case: str, engine: str, *rest: str) -> Job:
         return Job(str(root / name / case), case, engine, *rest)
 
@@ -68,7 +72,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for case in CASES
     ]
     launch(jobs, 1)
-    return root
 
 
 def records(run: Path) -> list[list[float]]:

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import kill_all, launch, metrics, run_cli, stream, wait_for, write_config
+from tests.conftest import kill_all, launch, metrics, once, run_cli, shared, stream, wait_for, write_config
 from tests.sft_material import EXPERT_LORA, LORA, base_model, conversations, tiny_sft
 from trainway.release.bundle import export, model_directory
 from trainway.release.generate import load_causal_lm
@@ -54,11 +54,12 @@ class Runs:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.chats = conversations(root / "chats.jsonl")
+        self.chats = root / "chats.jsonl"
+        once(self.chats, lambda: conversations(self.chats))
 
     def config(self, way: str, run: Path, **sections: Any) -> dict[str, Any]:
         family, settings = WAYS[way]
-        base = base_model(self.root / family, family)
+        base = once(self.root / family, lambda: base_model(self.root / family, family))
         config = tiny_sft(base, self.chats, self.root / "stores", run, **settings)
         for name, values in sections.items():
             config[name] = {**config.get(name, {}), **values}
@@ -66,16 +67,18 @@ class Runs:
 
     def __call__(self, way: str, engine: str) -> Path:
         run = self.root / f"{way}-{engine}"
-        if not run.exists():
+
+        def make() -> None:
             nproc, settings = ENGINES[engine]
             path = write_config(run.with_suffix(".yaml"), self.config(way, run))
             run_cli("train", path, "--nproc", nproc, *settings, timeout=600)
-        return run
+
+        return once(run, make)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("sft"))
+    return Runs(shared(tmp_path_factory, "sft"))
 
 
 @pytest.mark.parametrize(("way", "engine"), CASES)

@@ -12,7 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import kill_all, launch, metrics, run_cli, stream, tiny, wait_for, write_config
+from tests.conftest import (
+    kill_all,
+    launch,
+    metrics,
+    once,
+    run_cli,
+    shared,
+    stream,
+    tiny,
+    wait_for,
+    write_config,
+)
 
 STEPS = 120
 
@@ -20,9 +31,8 @@ STEPS = 120
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory, corpus: Path, store_dir: Path) -> Path:
     """The uninterrupted run."""
-    root = tmp_path_factory.mktemp("straight")
-    run_cli("train", config_file(root, corpus, store_dir))
-    return root / "run"
+    root = shared(tmp_path_factory, "straight")
+    return once(root / "run", lambda: run_cli("train", config_file(root, corpus, store_dir)))
 
 
 def config_file(root: Path, corpus: Path, store_dir: Path, **train: object) -> Path:

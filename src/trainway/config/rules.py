@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
+from trainway.config.lora_rules import lora_problems
 from trainway.config.mixes import mix_problems
 from trainway.config.schema import LoraConfig, ModelConfig, RunConfig
 from trainway.errors import ConfigError
@@ -29,7 +30,7 @@ def broken_rules(
     """Every rule between settings that `config` breaks. `explicit`: keys that the user set for this run."""
     problems = [*_lengths(config, origins), *_engine(config, origins)]
     problems += _tuned_model(config, origins) if config.model.path else _shapes(config, origins)
-    problems += [*_recipe(config, origins), *_lora(config, origins), *_release(config, origins)]
+    problems += [*_recipe(config, origins), *lora_problems(config, origins), *_release(config, origins)]
     problems += mix_problems(config.data, origins["data.train"])
     for key, reason in ignored_settings(config).items():
         if key in explicit:
@@ -238,64 +239,6 @@ def _tuned_model(config: RunConfig, origins: Mapping[str, str]) -> list[ConfigEr
             "read the code of one commit, and set model.revision to it",
         )
     ]
-
-
-def _lora(config: RunConfig, origins: Mapping[str, str]) -> list[ConfigError]:
-    lora = config.lora
-    problems: list[ConfigError] = []
-    if not lora.enabled:
-        return problems
-    if config.model.path is None and config.recipe != "sft":
-        problems.append(
-            ConfigError(
-                f"{origins['lora.enabled']}: lora has no model to adapt",
-                "model.path is empty, and a new model has nothing worth freezing",
-                "set model.path, or lora=false",
-            )
-        )
-    if lora.target_parameters and lora.dropout > 0:
-        problems.append(
-            ConfigError(
-                f"{origins['lora.dropout']}: lora.dropout is {lora.dropout:g}",
-                "lora.target_parameters adapts bare parameters, such as experts, where no input can be dropped "
-                f"({origins['lora.target_parameters']})",
-                "set lora.dropout=0",
-            )
-        )
-    if lora.target_parameters and lora.use_dora:
-        problems.append(
-            ConfigError(
-                f"{origins['lora.use_dora']}: lora.use_dora is for modules",
-                f"lora.target_parameters adapts bare parameters ({origins['lora.target_parameters']})",
-                "take one of the two out",
-            )
-        )
-    if lora.quantize != "none" and config.engine.name in ("fsdp", "zero2", "zero3"):
-        problems.append(
-            ConfigError(
-                f"{origins['lora.quantize']}: lora.quantize is {lora.quantize}",
-                f"engine.name is {config.engine.name} ({origins['engine.name']}), and packed weights cannot be cut "
-                "into parts",
-                "use engine.name=ddp, or lora.quantize=none",
-            )
-        )
-    if lora.quantize != "none" and lora.use_dora:
-        problems.append(
-            ConfigError(
-                f"{origins['lora.use_dora']}: lora.use_dora takes norms of weights in full precision",
-                f"lora.quantize is {lora.quantize} ({origins['lora.quantize']})",
-                "turn one of them off",
-            )
-        )
-    if not (lora.target_modules or lora.target_parameters or lora.modules_to_save):
-        problems.append(
-            ConfigError(
-                f"{origins['lora.target_modules']}: lora has no targets",
-                "lora.target_modules and lora.target_parameters are both empty",
-                "set e.g. lora.target_modules=q_proj,v_proj or all-linear",
-            )
-        )
-    return problems
 
 
 def _release(config: RunConfig, origins: Mapping[str, str]) -> list[ConfigError]:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from trainway.config.lora_rules import contradictions
 from trainway.config.schema import LoraConfig
 from trainway.errors import ConfigError
 
@@ -65,30 +66,8 @@ def find_targets(model: PreTrainedModel, lora: LoraConfig) -> list[Target]:
 
 
 def _check_settings(lora: LoraConfig) -> None:
-    if lora.target_parameters and lora.dropout > 0:
-        raise ConfigError(
-            f"lora.dropout is {lora.dropout:g} with lora.target_parameters",
-            "the adapter of a parameter is added to the parameter itself, and never sees the input to drop parts of",
-            "set lora.dropout=0",
-        )
-    if lora.target_parameters and lora.use_dora:
-        raise ConfigError(
-            "lora.use_dora with lora.target_parameters",
-            "peft knows DoRA for modules only",
-            "turn lora.use_dora off, or take lora.target_parameters out",
-        )
-    if lora.quantize != "none" and lora.use_dora:
-        raise ConfigError(
-            f"lora.use_dora with lora.quantize={lora.quantize}",
-            "DoRA's magnitudes begin as norms of weights that are not quantised",
-            "turn one of them off",
-        )
-    if not (lora.target_modules or lora.target_parameters or lora.modules_to_save):
-        raise ConfigError(
-            "lora.target_modules and lora.target_parameters are empty",
-            "nothing would be trained",
-            "name at least one, e.g. lora.target_modules=all-linear",
-        )
+    for found in contradictions(lora):
+        raise ConfigError(found.what, found.why, found.fix)
     special = [name for name in lora.target_modules if name == ALL_LINEAR or _REGEX.search(name)]
     if special and len(lora.target_modules) > 1:
         raise ConfigError(

@@ -171,8 +171,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "gpt-oss",
         {"target_parameters": EXPERTS, "dropout": 0.1},
         (
-            "lora.dropout is 0.1 with lora.target_parameters\nthe adapter of a parameter is added to the parameter "
-            "itself, and never sees the input to drop parts of\nset lora.dropout=0"
+            "lora.dropout is 0.1 with lora.target_parameters\nthe adapter of a bare parameter, such as experts, is "
+            "added to the parameter, and sees no input to drop\nset lora.dropout=0"
         ),
     ),
     "dora": (
