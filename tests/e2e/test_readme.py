@@ -47,7 +47,9 @@ def test_commands_run_in_order(
         tuning["train"]["total_steps"] = 5
         write_config(tmp_path / f"{preset}.yaml", tuning)
     teacher(tmp_path / "teacher.jsonl")
-    distilling = tiny_gad(Path(), Path(), store_dir, tmp_path, gad={"warmup_steps": 2, "adversarial_steps": 1})
+    distilling = tiny_gad(
+        Path(), Path(), store_dir, tmp_path, gad={"warmup_steps": 2, "adversarial_steps": 1}
+    )
     del distilling["run_dir"], distilling["model"], distilling["data"]["train"]
     write_config(tmp_path / "gad_small.yaml", distilling)
     monkeypatch.chdir(tmp_path)

@@ -70,6 +70,12 @@ def gad_problems(config: RunConfig, origins: Mapping[str, str]) -> list[ConfigEr
             "lora.quantize", f"lora.quantize is {lora.quantize}",
             "a discriminator on a base of 4 bits is not supported", "set lora.quantize=none",
         )  # fmt: skip
+    if lora.enabled and config.rollout.engine == "vllm":
+        refuse(
+            "rollout.engine", "rollout.engine is vllm",
+            f"lora is on ({origins['lora.enabled']}), and the server takes whole models only",
+            "use rollout.engine=transformers",
+        )  # fmt: skip
     return problems
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,6 +37,7 @@ class Players:
     engine: RolloutEngine | None
     """None in stage seqkd, whose training needs no answers of the student."""
     precision: Precision
+    """Of forward passes; fp32 where the engine itself sees to another."""
     pad_id: int
     packed: bool
     seconds: dict[str, float] = field(default_factory=dict)
@@ -76,7 +77,9 @@ def write_answers(
     assert engine is not None
     own = range(world.rank, len(rows), world.world_size)
     requests = [Request(rows[index].prompt, seeds[index]) for index in own]
-    written = world.together(lambda: engine.generate(requests, sampling))
+    engine.sync()
+    with _forward(players):
+        written = world.together(lambda: engine.generate(requests, sampling))
     flat = [answer for answers in written for answer in answers]
     # lengths, then whether they were truncated, then all tokens
     sizes = np.array([len(answer.tokens) for answer in flat], dtype=np.int32)
@@ -112,7 +115,7 @@ def score(players: Players, answers: Sequence[Exchange]) -> torch.Tensor:
     found = torch.zeros(len(answers), dtype=torch.float64)
     for part in players.batches(answers):
         batch = part.batch.to(players.world.device)
-        with _forward(players, learner):
+        with _forward(players):
             scores = learner.module(
                 batch.input_ids, batch.position_ids, batch.boundaries, part.last.to(players.world.device)
             )
@@ -193,7 +196,7 @@ def cross_entropy(players: Players, answers: Sequence[Exchange]) -> tuple[float,
     nats = 0.0
     for part in players.batches(answers):
         batch = part.batch.to(players.world.device)
-        with _forward(players, players.student):
+        with _forward(players):
             loss = players.student.module(
                 batch.input_ids, batch.labels, batch.position_ids, batch.boundaries, batch.targets
             )
@@ -306,7 +309,7 @@ def _log_probs(
 
     def of(part: ExchangeBatch) -> torch.Tensor:
         batch = part.batch.to(device)
-        with _forward(players, learner):
+        with _forward(players):
             logp, _ = learner.module(
                 batch.input_ids,
                 batch.labels,
@@ -324,8 +327,6 @@ def _log_probs(
         return [[of(part) for part in parts] for parts in dealt]
 
 
-@contextmanager
-def _forward(players: Players, learner: Learner) -> Iterator[None]:
+def _forward(players: Players) -> AbstractContextManager[object]:
     """A forward pass without a backward one, in the arithmetic of training."""
-    with autocast(players.precision, players.world.device):
-        yield
+    return autocast(players.precision, players.world.device)

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from trainway.config.schema import RunConfig, TokenizerConfig, TrainConfig
+from trainway.data.conversations import longest_row
 from trainway.data.loader import validation_batches
 from trainway.data.prepare import prepare
 from trainway.data.store import TokenStore
@@ -43,7 +44,7 @@ def evaluate(
         max_tokens: read at most this many tokens; None reads all.
         seq_len: tokens in a row; None means as trained, or 512 for a model without a run.
         answers: `data` holds conversations of which the answers count, and prompts are a user's turns; a run of the
-            recipe sft knows that itself.
+            recipe sft or gad knows that itself.
 
     Raises:
         ConfigError: no model there, or neither data nor a run whose validation split could be used.
@@ -54,7 +55,7 @@ def evaluate(
     config = _run_config(target)
     base = config or RunConfig(recipe="sft" if answers else "pretrain")
     longest = getattr(model.config, "max_position_embeddings", 2**31)
-    seq_len = seq_len or (config.train.seq_len if config else min(512, longest))
+    seq_len = seq_len or (longest_row(config) if config else min(512, longest))
     with tempfile.TemporaryDirectory() as scratch, open_world(base.engine) as world:
         store = _store(target, config, base, directory, data, scratch, seq_len)
         packing = base.data.packing
@@ -73,7 +74,7 @@ def evaluate(
         precision = choose_precision(base.train.precision, world.device)
         result: dict[str, Any] = evaluate_batches(module, batches, store.token_bytes, world, precision)
         if prompts:
-            as_prompt = chat_prompt if base.recipe == "sft" else text_prompt
+            as_prompt = text_prompt if base.recipe == "pretrain" else chat_prompt
             samples = continue_prompts(
                 module,
                 tokenizer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from trainway.checkpoint.state import TrainState
-from trainway.checkpoint.weights import DISCRIMINATOR_DIR
+from trainway.checkpoint.weights import DISCRIMINATOR_DIR, assemble, write_model
 from trainway.config.schema import RunConfig
 from trainway.data.prepare import PreparedData, prepare
 from trainway.data.teacher import end_tokens, own_template
@@ -28,6 +29,7 @@ from trainway.logs import stage as log_stage
 from trainway.models.base import BaseModel, find_base
 from trainway.models.discriminator import DiscriminatorLoss, scoring_tokenizer
 from trainway.models.lora import check_gradients
+from trainway.models.published import publish_names
 from trainway.planning.gad import Stage, describe_stages, gad_stages, stage_seed
 from trainway.recipes.model import RunModel, build_run_discriminator, build_run_model
 from trainway.recipes.opening import run_recipe
@@ -106,7 +108,8 @@ def _train(session: Session, stop: StopSignal, critic: BaseModel | None) -> RunR
             student=student,
             discriminator=learners.get(DISCRIMINATOR_DIR),
             engine=engine,
-            precision=precision,
+            # DeepSpeed's model is of the type that it computes in
+            precision="fp32" if engine_name(config, world) in ("zero2", "zero3") else precision,
             pad_id=session.store.streams()[0].pad_id,
             packed=config.data.packing == "documents",
         )
@@ -201,20 +204,53 @@ def _find_warmup(session: Session) -> Warmup | None:
 
 
 def _rollouts(session: Session, student: Learner, precision: Precision) -> RolloutEngine:
-    config = session.config
+    config, base = session.config, session.base
     match config.rollout.engine, config.rollout.batching:
         case "vllm", _:
             from trainway.rollout.vllm import open_vllm
 
-            return open_vllm(config, session, student)
+            assert base is not None, "the configuration demands model.path"
+            return open_vllm(
+                config.rollout,
+                session.world,
+                base.directory,
+                lambda directory: write_student(session, student, directory),
+                precision=precision,
+                max_tokens=config.data.max_prompt_tokens + config.data.max_response_tokens,
+            )
         case _, "continuous":
             from trainway.rollout.continuous import ContinuousRollout
 
-            return ContinuousRollout(student, config.rollout, precision)
+            return ContinuousRollout(student, config.rollout.batch_size)
         case _:
             from trainway.rollout.transformers import TransformersRollout
 
             return TransformersRollout(student, config.rollout.batch_size)
+
+
+def write_student(session: Session, student: Learner, directory: Path) -> None:
+    """Write the student's present weights as one plain model into a directory; every rank calls it together.
+
+    Raises OSError of the disk.
+    """
+    world, snapshot = session.world, student.snapshot()
+    parts = directory / "parts"
+
+    def write() -> None:
+        if snapshot.part is not None:
+            place = directory if snapshot.part.count == 1 else parts
+            write_model(student.model, place, session.tokenizer, weights=snapshot.weights, part=snapshot.part)
+
+    def join() -> None:
+        if parts.is_dir():
+            weights = shutil.ignore_patterns("*.safetensors")
+            shutil.copytree(parts, directory, dirs_exist_ok=True, ignore=weights)
+            assemble(parts, directory)
+            shutil.rmtree(parts)
+        publish_names(directory)
+
+    world.together(write)
+    world.together(lambda: join() if world.is_main else None)
 
 
 def no_dropout(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,10 @@ def _by_age(directory: Path) -> list[RunDir]:
 
 
 def _default_name(config: RunConfig) -> str:
+    if config.model.path is not None:
+        model = re.sub(r"[^a-z0-9.]+", "-", Path(config.model.path).name.lower()).strip("-")
+        method = f"{config.recipe}-lora{config.lora.r}" if config.lora.enabled else config.recipe
+        return f"{model}-{method}-lr{config.optim.lr:g}"
     vocab_size = config.model.vocab_size or padded_vocab_size(config.tokenizer.vocab_size)
     total = count_parameters(config.model, vocab_size).total
     size = f"{total / 1e9:.1f}b" if total >= 1e9 else f"{total / 1e6:.0f}m"

@@ -32,6 +32,7 @@ def load(*words: str) -> RunConfig:
         (["packing=concat"], "data.packing is concat", "use data.packing=documents"),
         (["fp16=true"], "train.precision is fp16", "use train.precision=bf16"),
         (["lora.r=4", "lora.dropout=0.1"], "lora.dropout is 0.1", "set lora.dropout=0"),
+        (["lora.r=4", "rollout=vllm"], "rollout.engine is vllm", "use rollout.engine=transformers"),
         (["quantize=4bit"], "lora.quantize is 4bit", "set lora.quantize=none"),
         # settings that would have no effect
         (["seq_len=64"], "train.seq_len would have no effect", "take train.seq_len out"),
