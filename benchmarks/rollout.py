@@ -1,11 +1,12 @@
 """Answers per second in the training's own processes: ours, static and continuous, against transformers' `generate`.
 
-python benchmarks/rollout.py [--rounds 5] [--case small|smollm2|both] [--arms static,continuous,generate]
+python benchmarks/rollout.py [--rounds 5] [--case small|smollm2|both] [--arms static,continuous,generate] [--shared]
 
 Every arm and round is a process of its own with the same weights, prompts, sampling and batch; the order turns round
 from one round to the next. `generate` takes the prompts longest first, as many as fill the batch, each with
 num_return_sequences; the others get all at once. Answers differ between the arms, and are as long on average: a case
 is void when the arms' mean lengths, over all rounds, differ by more than a tenth. Ratios are paired within a round.
+On a machine that others use, --shared counts the seconds that one thread computes.
 """
 
 from __future__ import annotations
@@ -51,23 +52,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--case", choices=(*CASES, "both"), default="both")
     parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--shared", action="store_true")
     parser.add_argument("--arm", nargs=3, metavar=("CASE", "ARM", "ROUND"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.arm:
         case, arm, number = options.arm
-        print(json.dumps(run_arm(case, arm, int(number))))
+        print(json.dumps(run_arm(case, arm, int(number), options.shared)))
         return
     arms = tuple(options.arms.split(","))
     for case in CASES if options.case == "both" else (options.case,):
-        compare(case, arms, options.rounds)
+        compare(case, arms, options.rounds, options.shared)
 
 
-def compare(case: str, arms: tuple[str, ...], rounds: int) -> None:
+def compare(case: str, arms: tuple[str, ...], rounds: int, shared: bool) -> None:
     """Runs all arms of a case and prints tokens per second and paired ratios to `generate`."""
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     for number in range(rounds):
         for arm in arms if number % 2 == 0 else arms[::-1]:
-            run = run_process(case, arm, number)
+            run = run_process(case, arm, number, shared)
             results[arm].append(run)
             print(
                 f"{case} round {number + 1} {arm}: {run['tokens_per_s']:.0f} tokens/s, "
@@ -93,32 +95,34 @@ def compare(case: str, arms: tuple[str, ...], rounds: int) -> None:
         )
 
 
-def run_process(case: str, arm: str, number: int) -> dict[str, Any]:
+def run_process(case: str, arm: str, number: int, shared: bool) -> dict[str, Any]:
     root = Path(__file__).parents[1]
-    environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "MKL_NUM_THREADS": str(THREADS)}
+    threads = "1" if shared else str(THREADS)
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")]
     )
-    command = [sys.executable, __file__, "--arm", case, arm, str(number)]
+    command = [sys.executable, __file__, "--arm", case, arm, str(number), *(["--shared"] if shared else [])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{case} {arm} ended with code {done.returncode}:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_arm(case: str, arm: str, number: int) -> dict[str, Any]:
+def run_arm(case: str, arm: str, number: int, shared: bool) -> dict[str, Any]:
     """One process: a small warm-up, then all answers; tokens per second, mean length and peak memory."""
     import resource
 
     import torch
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(1 if shared else THREADS)
+    clock = time.process_time if shared else time.perf_counter
     model, prompts, ends = material(case)
     answer: Callable[..., list[int]] = generate_answers if arm == "generate" else rollout_answers
     answer(arm, model, prompts[:2], ends, CASES[case]._replace(longest=8), number)
-    start = time.perf_counter()
+    start = clock()
     lengths = answer(arm, model, prompts, ends, CASES[case], number)
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     assert len(lengths) == CASES[case].prompts * CASES[case].answers
     return {
         "tokens_per_s": sum(lengths) / seconds,

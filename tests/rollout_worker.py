@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from tests.lora_models import Stored, on_meta, plain
 from tests.lora_worker import take_step
@@ -67,6 +68,7 @@ def run(job: Job, world: World) -> None:
     for step in range(STEPS + 1):
         if engine is not None:
             rounds.append(answer(engine, world, step))
+            assert not learner.is_sharded or no_matrix_is_whole(learner)
         if step < STEPS:
             steps.append([value.hex() for value in take_step(learner, world, step)])
     records = {"steps": steps, "answers": rounds, "weights": digest(learner)}
@@ -91,6 +93,11 @@ def answer(engine: RolloutEngine, world: World, step: int) -> dict[int, list[lis
     engine.sync()
     groups = engine.generate([requests()[i] for i in own], SAMPLING)
     return {i: [r.tokens.tolist() for r in group] for i, group in zip(own, groups, strict=True)}
+
+
+def no_matrix_is_whole(learner: Learner) -> bool:
+    """What was gathered for the answers is given back: FSDP has its own tensors again, DeepSpeed empty ones."""
+    return all(isinstance(p, DTensor) or p.numel() == 0 for p in learner.model.parameters() if p.ndim != 1)
 
 
 def digest(learner: Learner) -> str:

@@ -8,7 +8,6 @@ SOURCES = "data.train"
 """The setting whose items may have fields of their own."""
 
 ALIASES: dict[str, str] = {
-    "stage": "recipe",
     "run_name": "name",
     "output_dir": "run_dir",
     "output": "run_dir",
@@ -168,9 +167,10 @@ BARE: dict[str, str] = {
     "max_seq_len": "train.seq_len",
     "warmup_steps": "schedule.warmup_steps",
     "temperature": "eval.temperature",
+    "stage": "recipe",
 }
-"""Fields that mean one setting where their section is not given: elsewhere max_seq_len is the length of a row, and
-warmup_steps are those of the learning rate."""
+"""Fields that mean one setting where their section is not given: elsewhere max_seq_len is the length of a row,
+warmup_steps are those of the learning rate, and a stage is pt or sft."""
 
 SECTION_VALUES: dict[str, str] = {
     "model": "model.path",

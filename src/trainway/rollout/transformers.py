@@ -79,11 +79,10 @@ def answering(model: PreTrainedModel, attention: str) -> Iterator[None]:
     """The model as it answers: no gradients, no dropout, not compiled, transformers' own `attention`; then as before."""
     before, was_training = model.config._attn_implementation, model.training
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     model.eval()
     model.set_attn_implementation(attention)  # packed attention is for whole rows
     try:
-        with torch.no_grad(), eager:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             yield
     finally:
         model.set_attn_implementation(before)

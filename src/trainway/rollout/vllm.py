@@ -93,6 +93,7 @@ def open_vllm(
             weights=weights,
             write_weights=write_weights,
             parallel=config.batch_size,
+            max_tokens=max_tokens,
         )
         rollout.begin()
         rollout.closing.push(stack.pop_all())
@@ -121,6 +122,7 @@ class VllmRollout:
         weights: Path,
         write_weights: WriteWeights,
         parallel: int,
+        max_tokens: int,
     ) -> None:
         self._world = world
         self._server = server
@@ -132,6 +134,7 @@ class VllmRollout:
         self._weights = weights
         self._write_weights = write_weights
         self._parallel = parallel
+        self._max_tokens = max_tokens
         self._generation = 0
         self._checksums: dict[str, str] = {}
         self.closing = ExitStack()
@@ -161,6 +164,8 @@ class VllmRollout:
             EnvironmentFault: the server failed, or gave an answer that is none.
         """
         assert self._generation, "sync comes first"
+        longest = max((len(request.prompt) for request in requests), default=0) + sampling.max_new_tokens
+        assert longest <= self._max_tokens, "vLLM would end such an answer early"
         if self._asleep:
             self._load()
         answers = self._world.together(lambda: self._answers(requests, sampling))

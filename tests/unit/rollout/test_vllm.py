@@ -124,6 +124,16 @@ def test_each_seed_of_each_request_is_answered_in_order(bench: Bench) -> None:
     }  # fmt: skip
 
 
+def test_prompts_and_answers_fit_what_the_server_was_started_for(bench: Bench) -> None:
+    rollout = bench.open()  # 64 tokens
+    rollout.sync()
+    fits, too_long = (Request(np.ones(length, np.int32), (1,)) for length in (59, 60))
+    assert len(rollout.generate([fits], SAMPLING)) == 1
+    with pytest.raises(AssertionError, match="end such an answer early"):
+        rollout.generate([too_long], SAMPLING)
+    rollout.close()
+
+
 def test_the_newest_weights_answer_and_no_others_lie_around(bench: Bench) -> None:
     rollout = bench.open()
     seen = []
@@ -434,3 +444,57 @@ def test_nothing_is_left_when_the_training_process_is_killed(bench: Bench) -> No
     began = time.monotonic()
     wait_for("all is gone", lambda: not alive(pid) and not list(bench.path.glob("trainway-weights-*")))
     assert time.monotonic() - began < 10
+
+
+RANK = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from trainway.config.schema import EngineConfig, RolloutConfig
+from trainway.engines.world import open_world
+from trainway.errors import EnvironmentFault, PeerFailed
+from trainway.rollout.base import Request, Sampling
+from trainway.rollout.vllm import open_vllm
+
+def write(directory):
+    if world.is_main:
+        for file in Path(sys.argv[1]).glob("*.safetensors"):
+            (directory / file.name).write_bytes(file.read_bytes())
+
+with open_world(EngineConfig(name="ddp")) as world:
+    rollout = open_vllm(RolloutConfig(engine="vllm"), world, Path(sys.argv[1]), write, precision="fp32", max_tokens=64)
+    rollout.sync()
+    requests = [Request(np.array([world.rank, 5], np.int32), (21, 22))] * (1 + world.rank)
+    answers = rollout.generate(requests, Sampling(5, 0.8, 1.0, (7,)))
+    said = [[one.tokens.tolist() for one in group] for group in answers]
+    try:
+        # rank 1 alone asks, and is answered by no one
+        rollout.generate(requests[: world.rank], Sampling(5, 0.8, 1.0, (7,)))
+    except (EnvironmentFault, PeerFailed) as error:
+        said.append(type(error).__name__)
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_share_a_server_and_fail_together(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("FAKE_VLLM", json.dumps({"dies_at": 7}))  # after the 2 + 4 answers of the first call
+    root = Path(vllm_server.__file__).parents[2]
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    told["PYTHONPATH"] = f"{root}:{os.environ['PYTHONPATH']}"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(bench.model)],
+            env={**os.environ, **told, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    said = [json.loads(rank.communicate(timeout=120)[0].splitlines()[-1]) for rank in ranks]
+    weights = json.dumps({file.name: digest(file) for file in sorted(bench.model.iterdir())})
+    expected = [[answer(weights, [rank, 5], seed, 5) for seed in (21, 22)] for rank in range(2)]
+    assert said == [[expected[0], "PeerFailed"], [expected[1], expected[1], "EnvironmentFault"]]
+    assert not alive(bench.pid()) and not list(bench.path.glob("trainway-weights-*"))
