@@ -68,7 +68,7 @@ ALIASES: dict[str, str] = {
     "excess_length_strategy": "data.over_length",
     "per_device_train_batch_size": "train.micro_batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "batch_size": "train.micro_batch_size",
+    "train.batch_size": "train.micro_batch_size",
     "batch": "train.micro_batch_size",
     "effective_batch_size": "train.global_batch_size",
     "gradient_accumulation_steps": "train.grad_accum_steps",
@@ -168,9 +168,10 @@ BARE: dict[str, str] = {
     "warmup_steps": "schedule.warmup_steps",
     "temperature": "eval.temperature",
     "stage": "recipe",
+    "batch_size": "train.micro_batch_size",
 }
 """Fields that mean one setting where their section is not given: elsewhere max_seq_len is the length of a row,
-warmup_steps are those of the learning rate, and a stage is pt or sft."""
+warmup_steps are those of the learning rate, a stage is pt or sft, and a batch is trained."""
 
 SECTION_VALUES: dict[str, str] = {
     "model": "model.path",
