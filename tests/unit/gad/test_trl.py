@@ -25,6 +25,15 @@ LENGTHS = ((3, 7), (5, 2), (2, 9), (4, 4))
 """Tokens of each prompt and each answer."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def alone():
+    """accelerate takes a variable of torchrun, such as DeepSpeed leaves behind in a process, for a launcher."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            patch.delenv(name, raising=False)
+        yield
+
+
 @pytest.fixture(scope="module")
 def sequences():
     """Pairs of prompt and answer, [P] and [T] int64, with ids that are no padding."""
