@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -280,18 +279,3 @@ def test_words_with_a_meaning() -> None:
     for parse, word in ((parse_resume, "x"), (parse_count, "0"), (parse_which, "-1")):
         with pytest.raises(ConfigError):
             parse(word)
-
-
-@pytest.mark.parametrize(
-    ("words", "libraries"),
-    [(["--help"], "typer"), (["config", "check", "m3_medium"], "typer, pydantic, yaml")],
-)
-def test_it_answers_at_once(words: list[str], libraries: str) -> None:
-    # measured against its libraries' own start, so that a slow or busy machine slows both
-    ours, theirs = [], []
-    for _ in range(5):
-        for command, seconds in ((["-m", "trainway", *words], ours), (["-c", f"import {libraries}"], theirs)):
-            began = time.perf_counter()
-            subprocess.run([sys.executable, *command], capture_output=True, check=True, timeout=60)
-            seconds.append(time.perf_counter() - began)
-    assert min(ours) < 4 * min(theirs)

@@ -319,7 +319,7 @@ def test_a_mix_packs_each_source_by_itself() -> None:
         global_batch_size=40,
         micro_batch_size=1,
     )
-    rows_read = [twins._rows(step) for step in (1, 2)]
+    rows_read = [twins._order.step(step) for step in (1, 2)]
     order = [
         [s // 2 for r in rows_read for s, i in zip(r.samples, r.streams, strict=True) if i == k]
         for k in (0, 1)
