@@ -6,4 +6,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh dev
 # two tests at a time, each with one thread: the threads of several would wait for each other
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec .venv/bin/python -m pytest -q -n 2 -m "not slow and not gpu" "$@"
+# the long tests stand first: whoever is done with the short ones takes some of them over
+exec .venv/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu" "$@"
