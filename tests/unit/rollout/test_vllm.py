@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -417,10 +418,11 @@ def test_weights_need_room_that_all_servers_see(bench: Bench, monkeypatch: pytes
         bench.open(url="http://gpu-7:8000")
     # memory first, then the disk
     monkeypatch.setattr(handover_module, "SHARED_MEMORY", bench.path / "nothing")
-    monkeypatch.setattr("tempfile.tempdir", str(bench.path))
-    rollout = bench.open()
-    assert len(list(bench.path.glob("trainway-weights-*"))) == 1
-    rollout.close()
+    with tempfile.TemporaryDirectory() as short:  # a socket's path is
+        monkeypatch.setattr("tempfile.tempdir", short)
+        rollout = bench.open()
+        assert len(list(Path(short).glob("trainway-weights-*"))) == 1
+        rollout.close()
 
 
 def test_nothing_is_left_when_the_training_process_is_killed(bench: Bench) -> None:
