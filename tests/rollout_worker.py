@@ -39,6 +39,7 @@ class Job(NamedTuple):
     family: str = "llama"
     precision: str = "fp32"
     offload: str = "none"
+    sharding: str = "full"
 
 
 def main(jobs: str) -> None:
@@ -52,9 +53,15 @@ def main(jobs: str) -> None:
 
 def run(job: Job, world: World) -> None:
     """Write `records-RANK.json`: losses and norms of the steps, this rank's answers, and a digest of its weights."""
+    shards = 1 if job.sharding == "hybrid" else None
     config = RunConfig.model_validate(
         {
-            "engine": {"name": job.engine, "cpu_offload": job.offload},
+            "engine": {
+                "name": job.engine,
+                "cpu_offload": job.offload,
+                "sharding": job.sharding,
+                "shard_ranks": shards,
+            },
             "optim": {"lr": 1e-2},
             "train": {"precision": job.precision},
         }

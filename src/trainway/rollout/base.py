@@ -28,7 +28,8 @@ class Request(NamedTuple):
     prompt: np.ndarray
     """[P] int32, at least one token."""
     seeds: tuple[int, ...]
-    """Of 64 bits. The same seed, prompt and weights give the same answer in any batch, on any rank."""
+    """Of 64 bits. The same seed, prompt and weights give the same answer in any batch, on any rank, as far as logits do
+    not depend on the batch in their last digits."""
 
 
 class Rollout(NamedTuple):

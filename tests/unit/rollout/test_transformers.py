@@ -187,6 +187,22 @@ def test_first_tokens_follow_the_softmax() -> None:
         assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
 
 
+def test_no_position_is_beyond_the_longest_answer() -> None:
+    """A row that has ended stays in the batch for some steps, and learned positions end with the longest answer."""
+    model, sampling = tiny_model("gpt2", n_positions=54), Sampling(24, 1.5, 1.0, tuple(range(2, 10)))
+    long, short = prompts([30, 9])
+
+    def seeds(prompt: np.ndarray, length: range, count: int) -> list[int]:
+        groups = answers(model, [Request(prompt, tuple(range(400)))], sampling, 400)
+        return [seed for seed, tokens in enumerate(groups[0]) if len(tokens) in length][:count]
+
+    chosen = seeds(short, range(5, 9), 7) + seeds(short, range(24, 25), 7)
+    requests = [Request(long, tuple(seeds(long, range(24, 25), 1)))]
+    requests += [Request(short, (seed,)) for seed in chosen]
+    lengths = [len(group[0]) for group in answers(model, requests, sampling, 8)]
+    assert lengths[0] == 24 and max(lengths[1:8]) < 9 and lengths[8:] == [24] * 7
+
+
 def test_what_comes_back() -> None:
     model = tiny_model("llama")
     (prompt,) = prompts([9])
