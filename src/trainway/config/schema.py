@@ -249,7 +249,8 @@ class RolloutConfig(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
     """transformers: in the training's own processes, with its weights; vllm: a server that takes the weights each step."""
     batching: Literal["static", "continuous"] = "static"
-    """transformers: prompts of a batch end together, or each gives its place to the next one."""
+    """transformers: static keeps a batch in one cache, a prompt computed once for all of its answers; continuous is
+    transformers' own continuous batching, in pages."""
     num_per_prompt: Annotated[int, Field(ge=2)] = 8
     """Answers to each prompt."""
     temperature: PositiveFloat = 0.8

@@ -78,8 +78,7 @@ def write_answers(
     own = range(world.rank, len(rows), world.world_size)
     requests = [Request(rows[index].prompt, seeds[index]) for index in own]
     engine.sync()
-    with _forward(players):
-        written = world.together(lambda: engine.generate(requests, sampling))
+    written = world.together(lambda: engine.generate(requests, sampling))
     flat = [answer for answers in written for answer in answers]
     # lengths, then whether they were truncated, then all tokens
     sizes = np.array([len(answer.tokens) for answer in flat], dtype=np.int32)

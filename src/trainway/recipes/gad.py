@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from trainway.checkpoint.state import TrainState
 from trainway.checkpoint.weights import DISCRIMINATOR_DIR, assemble, write_model
@@ -19,6 +20,7 @@ from trainway.data.turns import Progress
 from trainway.engines import build_learner, choose_precision, engine_name
 from trainway.engines.base import Learner
 from trainway.engines.precision import Precision
+from trainway.errors import ConfigError
 from trainway.gad.loop import Work, fit
 from trainway.gad.phases import Players
 from trainway.gad.samples import write_samples
@@ -170,11 +172,25 @@ def _student(session: Session, first: Stage) -> tuple[Learner, RunModel]:
     if first.name == "seqkd":
         config = _with_lr(config, config.gad.seqkd_lr)
     built = build_run_model(session)
+    _check_positions(config, built.model)
     no_dropout(built.model)
     module = StudentLoss(built.model, chunk_tokens=config.train.loss_chunk_tokens)
     for note in built.notes:
         log_stage("MODEL", f"student: {note}")
     return build_learner(config, module, built.model, session.world, built.weights), built
+
+
+def _check_positions(config: RunConfig, model: PreTrainedModel) -> None:
+    """Raises ConfigError where a prompt and its answer may be longer than the model knows positions."""
+    data, known = config.data, getattr(model.config, "max_position_embeddings", None)
+    longest = data.max_prompt_tokens + data.max_response_tokens
+    if known is not None and longest > known:
+        raise ConfigError(
+            f"data.max_prompt_tokens {data.max_prompt_tokens} and data.max_response_tokens "
+            f"{data.max_response_tokens} are {longest} tokens",
+            f"{config.model.path} knows {known} positions",
+            f"lower them to {known} together",
+        )
 
 
 def _discriminator(session: Session, base: BaseModel | None) -> Learner:
