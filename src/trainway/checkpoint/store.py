@@ -65,8 +65,8 @@ class CheckpointStore:
         """Save a checkpoint whose files `write` puts, in sub-directories if it likes, into the directory it is given.
 
         An intact checkpoint of the same step stays as it is; a corrupt one is replaced. Older checkpoints beyond
-        keep_last go, the best one and pinned ones excepted. Raises EnvironmentFault if the disk is full, read-only or failing; what
-        was there before is untouched then, and the temporary directory is removed.
+        keep_last go, the best one and pinned ones excepted. Raises EnvironmentFault if the disk is full, read-only or
+        failing; what was there before is untouched then, and the temporary directory is removed.
         """
         temp = self.begin(step)
         try:

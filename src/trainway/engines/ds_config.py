@@ -86,8 +86,8 @@ def _decided(config: RunConfig, world_size: int, precision: Precision) -> dict[s
     if config.engine.name == "zero3":
         zero["offload_param"] = {"device": "cpu" if offload == "all" else "none"}
     return {
-        # of gad a step is dealt by tokens: DeepSpeed, which only checks the product, is told of one row a rank
-        "train_batch_size": world_size if config.recipe == "gad" else geometry.global_batch_size,
+        # DeepSpeed checks the product; gad, whose step is dealt by tokens, has one row a rank for it
+        "train_batch_size": geometry.micro_batch_size * geometry.grad_accum_steps * world_size,
         "train_micro_batch_size_per_gpu": geometry.micro_batch_size,
         "gradient_accumulation_steps": geometry.grad_accum_steps,
         "gradient_clipping": config.train.max_grad_norm,
