@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from train_step import bootstrap_interval  # noqa: E402
+from arms import bootstrap_interval, run_process  # noqa: E402
 
 THREADS, PROMPTS, GROUP, LENGTH, WARM_UP = 2, 8, 8, 48, 2
 WORDS = "what where who tell me about the sea a mountain my bicycle this tree the north wind river bread and".split()
@@ -55,7 +53,7 @@ def main() -> None:
             found = {}
             for arm in ("trainway", "trl") if number % 2 == 0 else ("trl", "trainway"):
                 settings = {"dir": scratch, "steps": options.steps, "out": f"{scratch}/{arm}-{number}"}
-                found[arm] = run_process(arm, settings)
+                found[arm] = run_process(__file__, "--arm", arm, json.dumps(settings), threads=THREADS)
                 print(f"round {number + 1} {arm}: {show(found[arm])}", flush=True)
             whole.append(found["trl"]["step"] / found["trainway"]["step"])
             common.append(
@@ -90,16 +88,6 @@ def make_material(scratch: Path, layers: int) -> None:
             answer = " ".join(rng.choice(WORDS) for _ in range(30))
             turns = [{"role": "user", "content": said}]
             file.write(json.dumps({"content": turns, "teacher_response": answer}) + "\n")
-
-
-def run_process(arm: str, settings: dict[str, Any]) -> dict[str, float]:
-    environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "MKL_NUM_THREADS": str(THREADS)}
-    command = [sys.executable, __file__, "--arm", arm, json.dumps(settings)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{arm} ended with code {done.returncode}:\n{done.stderr[-4000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 def run_trainway(settings: dict[str, Any]) -> dict[str, float]:

@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from arms import bootstrap_interval, run_process  # noqa: E402
 
 THREADS = 2
 ARMS = ("static", "continuous", "generate")
@@ -69,7 +72,8 @@ def compare(case: str, arms: tuple[str, ...], rounds: int, shared: bool) -> None
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     for number in range(rounds):
         for arm in arms if number % 2 == 0 else arms[::-1]:
-            run = run_process(case, arm, number, shared)
+            words = ["--arm", case, arm, str(number), *(["--shared"] if shared else [])]
+            run = run_process(__file__, *words, threads=1 if shared else THREADS)
             results[arm].append(run)
             print(
                 f"{case} round {number + 1} {arm}: {run['tokens_per_s']:.0f} tokens/s, "
@@ -93,20 +97,6 @@ def compare(case: str, arms: tuple[str, ...], rounds: int, shared: bool) -> None
             f"{case} {arm} / generate: {statistics.median(ratios):.2f} [{low:.2f}, {high:.2f}] (95 %)",
             flush=True,
         )
-
-
-def run_process(case: str, arm: str, number: int, shared: bool) -> dict[str, Any]:
-    root = Path(__file__).parents[1]
-    threads = "1" if shared else str(THREADS)
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")]
-    )
-    command = [sys.executable, __file__, "--arm", case, arm, str(number), *(["--shared"] if shared else [])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{case} {arm} ended with code {done.returncode}:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def run_arm(case: str, arm: str, number: int, shared: bool) -> dict[str, Any]:
@@ -244,12 +234,6 @@ def generate_answers(
         first = torch.where(ended.any(1), ended.argmax(1) + 1, out.shape[1] - longest)
         lengths += first.tolist()
     return lengths
-
-
-def bootstrap_interval(ratios: list[float]) -> tuple[float, float]:
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(10_000))
-    return medians[250], medians[9749]
 
 
 if __name__ == "__main__":

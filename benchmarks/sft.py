@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,8 +26,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+from arms import bootstrap_interval, run_process  # noqa: E402
 from tests.real_conversations import MARKED_CHATML, real_conversations  # noqa: E402
-from train_step import bootstrap_interval  # noqa: E402
 
 THREADS, WARM_UP, SEQ_LEN, ROWS = 2, 5, 512, 2
 ARMS = ("trainway", "trl", "trainer")
@@ -97,10 +95,9 @@ def compare(way: str, rounds: int, material: dict[str, Any]) -> None:
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
     for number in range(rounds):
         for arm in ARMS if number % 2 == 0 else ARMS[::-1]:
-            result = run_process(
-                arm,
-                {**material, "way": way, "seed": number, "out": f"{material['dir']}/{way}-{arm}-{number}"},
-            )
+            out = f"{material['dir']}/{way}-{arm}-{number}"
+            settings = json.dumps({**material, "way": way, "seed": number, "out": out})
+            result = run_process(__file__, "--arm", arm, settings, threads=THREADS)
             results[arm].append(result)
             print(f"{way} round {number + 1} {arm}: {result['targets_per_s']:.0f} supervised tokens/s, "
                   f"held out {result['held_out']:.4f}, {result['peak_mib']:.0f} MiB", flush=True)  # fmt: skip
@@ -117,15 +114,6 @@ def compare(way: str, rounds: int, material: dict[str, Any]) -> None:
             f"{way} trainway / {peer}: {statistics.median(ratios):.2f} [{low:.2f}, {high:.2f}] (95 %)",
             flush=True,
         )
-
-
-def run_process(arm: str, settings: dict[str, Any]) -> dict[str, Any]:
-    environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "MKL_NUM_THREADS": str(THREADS)}
-    command = [sys.executable, __file__, "--arm", arm, json.dumps(settings)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{arm} ended with code {done.returncode}:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def run_trainway(settings: dict[str, Any]) -> dict[str, Any]:

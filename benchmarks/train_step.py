@@ -12,15 +12,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from arms import bootstrap_interval, run_process
 
 THREADS = 2
 WARM_UP, MEASURED = 2, 5
@@ -54,7 +53,7 @@ def compare(case: str, rounds: int, gemm: float) -> None:
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     for number in range(rounds):
         for arm in arms if number % 2 == 0 else arms[::-1]:
-            results[arm].append(run_process(case, arm))
+            results[arm].append(run_process(__file__, "--arm", case, arm, threads=THREADS))
             print(
                 f"{case} round {number + 1} {arm}: {results[arm][-1]['tokens_per_s']:.0f} tokens/s",
                 flush=True,
@@ -82,15 +81,6 @@ def compare(case: str, rounds: int, gemm: float) -> None:
             f"{case} trainway / {peer}: {statistics.median(ratios):.2f} [{low:.2f}, {high:.2f}] (95 %)",
             flush=True,
         )
-
-
-def run_process(case: str, arm: str) -> dict[str, Any]:
-    environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "MKL_NUM_THREADS": str(THREADS)}
-    command = [sys.executable, __file__, "--arm", case, arm]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{case} {arm} ended with code {done.returncode}:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def run_arm(case: str, arm: str) -> dict[str, Any]:
@@ -244,12 +234,6 @@ def measured_gemm() -> float:
         a @ a
         best = min(best, time.perf_counter() - start)
     return 2 * 1536**3 / best
-
-
-def bootstrap_interval(ratios: list[float]) -> tuple[float, float]:
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(10_000))
-    return medians[250], medians[9749]
 
 
 if __name__ == "__main__":

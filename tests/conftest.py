@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -116,6 +117,24 @@ def launch(config: Path, *arguments: str, **environ: str) -> subprocess.Popen[by
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environ}
     log = (config.parent / "launch.log").open("ab")
     return subprocess.Popen(command, start_new_session=True, env=env, stdout=log, stderr=log)
+
+
+def launch_ranks(module: str, jobs: Sequence[tuple[object, ...]], nproc: int) -> None:
+    """Run `python -m module JOBS` on `nproc` ranks without torchrun, and see them end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in range(nproc):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        if nproc > 1:
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(nproc)}
+            env |= {"LOCAL_WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, "-m", module, json.dumps(jobs)]
+        processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:

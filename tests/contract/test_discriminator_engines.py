@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +10,7 @@ import pytest
 import torch
 
 from tests.base_models import save, tiny_model
-from tests.conftest import once, shared
+from tests.conftest import launch_ranks, once, shared
 from tests.discriminator_worker import SEEN, STEPS, Job, main
 from trainway.checkpoint.weights import is_in_pieces, read_model_state
 
@@ -33,19 +29,7 @@ SHARDED = ("fsdp", "zero2", "zero3")
 
 def launch(jobs: list[Job]) -> None:
     """Run jobs on two ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
-    for rank in ("0", "1"):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        env |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, "-m", "tests.discriminator_worker", json.dumps(jobs)]
-        processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-    for process in processes:
-        _, stderr = process.communicate(timeout=300)
-        assert process.returncode == 0, stderr
+    launch_ranks("tests.discriminator_worker", jobs, 2)
 
 
 class Runs:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import peft
@@ -14,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import once, shared
+from tests.conftest import launch_ranks, once, shared
 from tests.lora_models import logits, plain
 from tests.lora_worker import CASES, STEPS, Job
 from trainway.checkpoint.weights import assemble, is_in_pieces, read_model_state
@@ -28,20 +24,7 @@ def launch(jobs: list[Job], nproc: int) -> None:
     """Run jobs on `nproc` ranks."""
     for job in jobs:
         Path(job.out).mkdir(parents=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
-    for rank in range(nproc):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        if nproc > 1:
-            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(nproc)}
-            env |= {"LOCAL_WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, "-m", "tests.lora_worker", json.dumps(jobs)]
-        processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-    for process in processes:
-        _, stderr = process.communicate(timeout=300)
-        assert process.returncode == 0, stderr
+    launch_ranks("tests.lora_worker", jobs, nproc)
 
 
 @pytest.fixture(scope="module")

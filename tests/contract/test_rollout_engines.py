@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import once, shared
+from tests.conftest import launch_ranks, once, shared
 from tests.rollout_worker import STEPS, Job, requests
 
 CASES: dict[str, dict[str, Any]] = {name: {"engine": name} for name in ("ddp", "fsdp", "zero2", "zero3")}
@@ -36,20 +32,7 @@ def launch(jobs: list[Job], nproc: int) -> None:
     """Run jobs on `nproc` ranks."""
     for job in jobs:
         Path(job.out).mkdir(parents=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
-    for rank in range(nproc):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        if nproc > 1:
-            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(nproc)}
-            env |= {"LOCAL_WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, "-m", "tests.rollout_worker", json.dumps(jobs)]
-        processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-    for process in processes:
-        _, stderr = process.communicate(timeout=300)
-        assert process.returncode == 0, stderr
+    launch_ranks("tests.rollout_worker", jobs, nproc)
 
 
 class Runs:
