@@ -21,6 +21,7 @@ from trainway.gad.guards import GadGuard
 from trainway.gad.losses import group_advantages
 from trainway.gad.measures import step_measures
 from trainway.gad.phases import (
+    Optimize,
     Players,
     Reference,
     Update,
@@ -186,65 +187,70 @@ def take_step(
     judges: _Judges,
 ) -> tuple[dict[str, Any], float]:
     """One step of a stage; its figures, and the tokens that went through a model."""
-    config, players = work.config, work.players
-    own, factor = now.own_step(step), lr_factor(config.schedule, now.own_step(step), now.steps)
-    updates: dict[str, Update] = {}
+    players, own = work.players, now.own_step(step)
+    factor = lr_factor(work.config.schedule, own, now.steps)
 
-    def optimize(name: str) -> Callable[[Learner, float], float]:
-        def step_of(learner: Learner, loss: float) -> float:
-            guard = judges.models[name]
+    def optimize(name: str) -> Optimize:
+        guard = judges.models[name]
+
+        def take(learner: Learner, loss: float) -> float:
             work.saver.before_update()
-            norm = learner.step(
-                factor, config.train.max_grad_norm, lambda norm: guard.accept(step, loss, norm)
-            )
+            max_norm = work.config.train.max_grad_norm
+            norm = learner.step(factor, max_norm, lambda norm: guard.accept(step, loss, norm))
             if own == 1 and not guard.skipped:
                 work.check_first_step(learner)
             return norm
 
-        return step_of
+        return take
 
     players.seconds.clear()
-    teacher = teacher_exchanges(rows)
-    tokens = float(sum(exchange.length for exchange in teacher))
-    figures: dict[str, Any] = {}
+    updates: dict[str, Update]
     if now.name == "seqkd":
+        teacher = teacher_exchanges(rows)
+        tokens, figures = sum(exchange.length for exchange in teacher), dict[str, Any]()
         with players.phase("student"):
-            updates["student"] = imitate(players, teacher, optimize("student"))
+            updates = {"student": imitate(players, teacher, optimize("student"))}
     else:
-        with players.phase("rollout"):
-            written = write_answers(
-                players, rows, step_seeds(players, rows, stage_seed(config.seed, now), own), work.sampling
-            )
-        answers = all_exchanges(rows, written)
-        tokens = float(sum(exchange.length for exchange in answers))
-        with players.phase("score"):
-            scores = score(players, answers)
-        pairs = compare(scores, len(rows))
-        with players.phase("discriminator"):
-            slopes = torch.cat([pairs.d_student.flatten(), pairs.d_teacher])
-            loss = pairs.loss.item()
-            norm = train_discriminator(
-                players, answers, slopes, lambda learner: optimize("discriminator")(learner, loss)
-            )
-            updates["discriminator"] = Update(loss, norm)
-        policy: dict[str, float] = {}
-        with players.phase("student"):
-            if now.name == "warmup" and own > config.gad.discriminator_only_steps:
-                updates["student"] = imitate(players, teacher, optimize("student"))
-            elif now.name == "adversarial":
-                share = config.gad.prompts_per_update or len(rows)
-                rewards = scores[: -len(rows)].view(len(rows), -1)
-                advantages = group_advantages(rewards).flatten()
-                updates["student"], stats = reinforce(
-                    players, answers[: -len(rows)], advantages, reference, optimize("student"),
-                    num_updates=len(rows) // share,
-                )  # fmt: skip
-                policy = {name: value.item() for name, value in stats._asdict().items()}
-        figures |= measures(rows, written, scores, policy, players.seconds)
+        updates, figures, tokens = _play(work, now, own, rows, reference, optimize)
     for name, update in updates.items():
         figures |= {f"train/{name}_loss": update.loss, f"optim/{name}_norm": update.grad_norm}
-    figures["optim/lr"] = _peak_lr(config, now) * factor
-    return figures, tokens
+    figures["optim/lr"] = _peak_lr(work.config, now) * factor
+    return figures, float(tokens)
+
+
+def _play(
+    work: Work,
+    now: Stage,
+    own: int,
+    rows: Sequence[TeacherRow],
+    reference: Reference | None,
+    optimize: Callable[[str], Optimize],
+) -> tuple[dict[str, Update], dict[str, Any], int]:
+    """A step in which the student answers: what each model has learnt, the figures, and the tokens of all answers."""
+    gad, players = work.config.gad, work.players
+    with players.phase("rollout"):
+        seeds = step_seeds(players, rows, stage_seed(work.config.seed, now), own)
+        written = write_answers(players, rows, seeds, work.sampling)
+    answers = all_exchanges(rows, written)
+    parts = players.batches(answers)
+    with players.phase("score"):
+        scores = score(players, parts, len(answers))
+    with players.phase("discriminator"):
+        pairs = compare(scores, len(rows))
+        updates = {"discriminator": train_discriminator(players, parts, pairs, optimize("discriminator"))}
+    policy: dict[str, float] = {}
+    with players.phase("student"):
+        if now.name == "adversarial":
+            rewards = scores[: -len(rows)].view(len(rows), -1)  # from before the discriminator's step
+            updates["student"], stats = reinforce(
+                players, answers[: -len(rows)], group_advantages(rewards).flatten(), reference,
+                optimize("student"), num_updates=len(rows) // (gad.prompts_per_update or len(rows)),
+            )  # fmt: skip
+            policy = {name: value.item() for name, value in stats._asdict().items()}
+        elif own > gad.discriminator_only_steps:
+            updates["student"] = imitate(players, answers[-len(rows) :], optimize("student"))
+    figures = measures(rows, written, scores, policy, players.seconds)
+    return updates, dict(figures), sum(exchange.length for exchange in answers)
 
 
 def measures(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +35,7 @@ class Players:
     world: World
     student: Learner
     discriminator: Learner | None
-    engine: RolloutEngine | None
-    """None in stage seqkd, whose training needs no answers of the student."""
+    engine: RolloutEngine
     precision: Precision
     """Of forward passes; fp32 where the engine itself sees to another."""
     pad_id: int
@@ -51,11 +51,12 @@ class Players:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def batches(self, answers: Sequence[Exchange]) -> Iterator[ExchangeBatch]:
+    def batches(self, answers: Sequence[Exchange]) -> list[ExchangeBatch]:
         """This rank's micro-batches of some answers; every rank has as many."""
         dealt = deal([answer.length for answer in answers], self.gad.tokens_per_gpu, self.world.world_size)
-        for members in dealt[self.world.rank]:
-            yield lay_out(answers, members, self.pad_id, packed=self.packed)
+        return [
+            lay_out(answers, members, self.pad_id, packed=self.packed) for members in dealt[self.world.rank]
+        ]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class Update:
     grad_norm: float
 
 
+Optimize = Callable[[Learner, float], float]
+"""Takes the optimiser step of a learner whose global loss that is; returns the gradient norm."""
+
+
 # ---- answers
 
 
@@ -74,7 +79,6 @@ def write_answers(
 ) -> list[list[Rollout]]:
     """The student's answers to `rows`, one for each of its seeds: a rank writes every world_size-th row's."""
     world, engine = players.world, players.engine
-    assert engine is not None
     own = range(world.rank, len(rows), world.world_size)
     requests = [Request(rows[index].prompt, seeds[index]) for index in own]
     engine.sync()
@@ -107,17 +111,13 @@ def step_seeds(players: Players, rows: Sequence[TeacherRow], seed: int, step: in
 
 
 @torch.no_grad()
-def score(players: Players, answers: Sequence[Exchange]) -> torch.Tensor:
-    """The discriminator's score of each answer, [answers] fp64 on the CPU; its weights stay as they are."""
-    learner = players.discriminator
-    assert learner is not None
-    found = torch.zeros(len(answers), dtype=torch.float64)
-    for part in players.batches(answers):
-        batch = part.batch.to(players.world.device)
+def score(players: Players, parts: Sequence[ExchangeBatch], count: int) -> torch.Tensor:
+    """The discriminator's score of each of `count` answers, of which `parts` are this rank's micro-batches; [count]
+    fp64 on the CPU, the same on every rank. Its weights stay as they are."""
+    found = torch.zeros(count, dtype=torch.float64)
+    for part in parts:
         with _forward(players):
-            scores = learner.module(
-                batch.input_ids, batch.position_ids, batch.boundaries, part.last.to(players.world.device)
-            )
+            scores = _judge(players, part)
         found[list(part.members)] = scores.double().cpu()  # device→host sync
     return torch.tensor(players.world.sum(*found.tolist()), dtype=torch.float64)
 
@@ -143,46 +143,49 @@ def teacher_exchanges(rows: Sequence[TeacherRow]) -> list[Exchange]:
 
 
 def train_discriminator(
-    players: Players,
-    answers: Sequence[Exchange],
-    slopes: torch.Tensor,
-    optimize: Callable[[Learner], float],
-) -> float:
-    """One step along the gradient of a loss whose derivative by each answer's score is `slopes` [answers].
+    players: Players, parts: Sequence[ExchangeBatch], pairs: BradleyTerry, optimize: Optimize
+) -> Update:
+    """One step on the loss of `pairs`, whose scores `score` has given for the answers in `parts`.
 
-    The chain rule in two passes: the scores come from `score`, so that a loss may compare answers that lie in other
-    micro-batches, on other ranks. `optimize` takes the step; returns the gradient norm.
+    The chain rule in two passes: scores come first, so that the loss may compare answers that lie in other
+    micro-batches, on other ranks; what goes backward is each score times the loss's derivative by it.
     """
-    learner = players.discriminator
-    assert learner is not None
-    parts = list(players.batches(answers))
+    learner = _discriminator(players)
+    slopes = torch.cat([pairs.d_student.flatten(), pairs.d_teacher])  # as `all_exchanges` lays them out
     for number, part in enumerate(parts):
-        batch = part.batch.to(players.world.device)
         own = slopes[list(part.members)].to(players.world.device, torch.float32)
         with learner.micro_step(sync=number == len(parts) - 1):
-            loss = learner.module(
-                batch.input_ids, batch.position_ids, batch.boundaries, part.last.to(players.world.device), own
-            )
-            learner.backward(loss, scale=1.0)
-    return optimize(learner)
+            learner.backward(_judge(players, part, own), scale=1.0)
+    loss = pairs.loss.item()
+    return Update(loss, optimize(learner, loss))
+
+
+def _discriminator(players: Players) -> Learner:
+    assert players.discriminator is not None
+    return players.discriminator
+
+
+def _judge(players: Players, part: ExchangeBatch, *coefficients: torch.Tensor) -> torch.Tensor:
+    """The discriminator's forward pass of a micro-batch; see `DiscriminatorLoss.forward`."""
+    device = players.world.device
+    batch = part.batch.to(device)
+    found: torch.Tensor = _discriminator(players).module(
+        batch.input_ids, batch.position_ids, batch.boundaries, part.last.to(device), *coefficients
+    )
+    return found
 
 
 # ---- the student
 
 
-def imitate(
-    players: Players, answers: Sequence[Exchange], optimize: Callable[[Learner, float], float]
-) -> Update:
+def imitate(players: Players, answers: Sequence[Exchange], optimize: Optimize) -> Update:
     """One step on the cross-entropy of the answers, summed over their tokens and divided by their number."""
     learner, total = players.student, sum(len(answer.response) for answer in answers)
-    parts = list(players.batches(answers))
+    parts = players.batches(answers)
     nats = 0.0
     for number, part in enumerate(parts):
-        batch = part.batch.to(players.world.device)
         with learner.micro_step(sync=number == len(parts) - 1):
-            loss = learner.module(
-                batch.input_ids, batch.labels, batch.position_ids, batch.boundaries, batch.targets
-            )
+            loss = _ask(players, part)
             learner.backward(loss, scale=1 / total)
         nats += loss.item()  # device→host sync
     (nats,) = players.world.sum(nats)
@@ -194,14 +197,23 @@ def cross_entropy(players: Players, answers: Sequence[Exchange]) -> tuple[float,
     """Nats and tokens of the answers under the student, over all ranks."""
     nats = 0.0
     for part in players.batches(answers):
-        batch = part.batch.to(players.world.device)
         with _forward(players):
-            loss = players.student.module(
-                batch.input_ids, batch.labels, batch.position_ids, batch.boundaries, batch.targets
-            )
-        nats += loss.item()  # device→host sync
+            nats += _ask(players, part).item()  # device→host sync
     (nats,) = players.world.sum(nats)
     return nats, sum(len(answer.response) for answer in answers)
+
+
+def _ask(players: Players, part: ExchangeBatch, objective: Policy | LogProbs | None = None) -> Any:
+    """The student's forward pass of a micro-batch; see `StudentLoss.forward`."""
+    batch = part.batch.to(players.world.device)
+    return players.student.module(
+        batch.input_ids,
+        batch.labels,
+        batch.position_ids,
+        batch.boundaries,
+        batch.targets,
+        objective=objective,
+    )
 
 
 @dataclass(frozen=True)
@@ -225,7 +237,7 @@ def reinforce(
     answers: Sequence[Exchange],
     advantages: torch.Tensor,
     reference: Reference | None,
-    optimize: Callable[[Learner, float], float],
+    optimize: Optimize,
     *,
     num_updates: int = 1,
 ) -> tuple[Update, PolicyStats]:
@@ -236,7 +248,7 @@ def reinforce(
     """
     share = len(answers) // num_updates
     shares = [slice(start, start + share) for start in range(0, len(answers), share)]
-    dealt = [list(players.batches(answers[own])) for own in shares]
+    dealt = [players.batches(answers[own]) for own in shares]
     references = _log_probs(players, dealt, reference) if reference is not None else None
     befores = _log_probs(players, dealt, None) if num_updates > 1 else None
     losses, norms, stats = [], [], []
@@ -263,7 +275,6 @@ def _policy_gradient(
     gad, learner, device = players.gad, players.student, players.world.device
     stats, summed = [], 0.0
     for number, (part, old, ref) in enumerate(zip(parts, before, anchor, strict=True)):
-        batch = part.batch.to(device)
         lengths = torch.tensor(part.response_lengths, dtype=torch.int64)
         objective = Policy(
             temperature=players.rollout.temperature,
@@ -275,14 +286,7 @@ def _policy_gradient(
             kl_coef=gad.kl_coef,
         )
         with learner.micro_step(sync=number == len(parts) - 1):
-            loss, found = learner.module(
-                batch.input_ids,
-                batch.labels,
-                batch.position_ids,
-                batch.boundaries,
-                batch.targets,
-                objective=objective,
-            )
+            loss, found = _ask(players, part, objective)
             learner.backward(loss, scale=1 / total)
         summed += loss.item()  # device→host sync
         stats.append(found.double().cpu())
@@ -303,26 +307,14 @@ def _log_probs(
     players: Players, dealt: Sequence[Sequence[ExchangeBatch]], reference: Reference | None
 ) -> list[list[torch.Tensor]]:
     """Of each micro-batch its tokens' log-probabilities, under the reference or the student as it is."""
-    learner, device = players.student, players.world.device
     objective = LogProbs(players.rollout.temperature)
 
     def of(part: ExchangeBatch) -> torch.Tensor:
-        batch = part.batch.to(device)
         with _forward(players):
-            logp, _ = learner.module(
-                batch.input_ids,
-                batch.labels,
-                batch.position_ids,
-                batch.boundaries,
-                batch.targets,
-                objective=objective,
-            )
-        found: torch.Tensor = logp.detach()
+            found: torch.Tensor = _ask(players, part, objective)[0]
         return found
 
-    if reference is None:
-        return [[of(part) for part in parts] for parts in dealt]
-    with reference.in_place(learner):
+    with reference.in_place(players.student) if reference is not None else nullcontext():
         return [[of(part) for part in parts] for parts in dealt]
 
 

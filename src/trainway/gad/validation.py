@@ -37,7 +37,8 @@ def validate(
     written = write_answers(players, rows, [(0,)] * len(rows), replace(sampling, temperature=0.0))
     scores: torch.Tensor | None = None
     if players.discriminator is not None:
-        scores = score(players, all_exchanges(rows, written))
+        answered = all_exchanges(rows, written)
+        scores = score(players, players.batches(answered), len(answered))
     nats, tokens = cross_entropy(players, teacher_exchanges(rows))
     answers = [
         Answer(
