@@ -20,10 +20,6 @@ class BradleyTerry(NamedTuple):
     """Mean over all B * n pairs; 0-d."""
     d_teacher: Tensor  # [B]
     d_student: Tensor  # [B, n]
-    accuracy: Tensor
-    """Share of pairs in which the teacher scores higher, a tie not counted; 0-d."""
-    margin: Tensor
-    """Mean of the teacher's score less the student's; 0-d."""
 
 
 class PolicyStats(NamedTuple):
@@ -55,8 +51,6 @@ def bradley_terry(teacher: Tensor, student: Tensor) -> BradleyTerry:
         loss=-F.logsigmoid(lead).mean(),  # F.softplus gives up digits of fp64 beyond 20
         d_teacher=-d_student.sum(1),
         d_student=d_student,
-        accuracy=(lead.detach() > 0).to(lead.dtype).mean(),
-        margin=lead.detach().mean(),
     )
 
 

@@ -11,12 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trainway.checkpoint.state import TrainState
-from trainway.checkpoint.weights import DISCRIMINATOR_DIR, assemble, write_model
+from trainway.checkpoint.weights import DISCRIMINATOR_DIR, write_model
 from trainway.config.schema import RunConfig
-from trainway.data.prepare import PreparedData, prepare
 from trainway.data.teacher import end_tokens, own_template
 from trainway.data.teacher_rows import TeacherLoader, validation_rows
-from trainway.data.turns import Progress
 from trainway.engines import build_learner, choose_precision, engine_name
 from trainway.engines.base import Learner
 from trainway.engines.precision import Precision
@@ -35,16 +33,15 @@ from trainway.models.published import publish_names
 from trainway.planning.gad import Stage, describe_stages, gad_stages, stage_seed
 from trainway.recipes.model import RunModel, build_run_discriminator, build_run_model
 from trainway.recipes.opening import run_recipe
+from trainway.release.bundle import publish
 from trainway.rollout.base import RolloutEngine, Sampling
-from trainway.tracking import open_trackers
-from trainway.tracking.jsonl import cut_after
-from trainway.training.runs import write_status
 from trainway.training.saving import STUDENT
 from trainway.training.session import (
     RunResult,
     Session,
     finish,
     make_saver,
+    open_records,
     recorded_end,
     starting_state,
 )
@@ -56,12 +53,7 @@ from trainway.training.speed import SpeedMeter
 def gad(config: RunConfig, **how: Any) -> RunResult:
     """Train `model.path` on a teacher's answers, through the stages of gad.stage; see `run_recipe` for the arguments."""
     critic = _find_discriminator(config)
-    return run_recipe(config, _prepare, lambda session, stop: _train(session, stop, critic), **how)
-
-
-def _prepare(config: RunConfig, base: BaseModel | None, progress: Progress | None) -> PreparedData:
-    assert base is not None, "the configuration demands model.path"
-    return prepare(config, progress=progress, tokenizer_dir=base.directory)
+    return run_recipe(config, lambda session, stop: _train(session, stop, critic), **how)
 
 
 def _find_discriminator(config: RunConfig) -> BaseModel | None:
@@ -78,22 +70,16 @@ def _train(session: Session, stop: StopSignal, critic: BaseModel | None) -> RunR
     stages = gad_stages(config, session.prepared.rows_per_epoch(config.train.seq_len))
     assert stages is not None, "the number of rows is known"
     session.checkpoints.pinned = {stage.before for stage in stages if stage.name == "adversarial"}
+    ends = end_tokens(session.tokenizer, own_template(session.tokenizer))
+    judged = scoring_tokenizer(session.tokenizer, ends)
     with ExitStack() as stack:
         student, built = _student(session, stages[0])
         learners: dict[str, Learner] = {STUDENT: student}
         if config.gad.stage != "seqkd":
-            learners[DISCRIMINATOR_DIR] = _discriminator(session, critic)
+            learners[DISCRIMINATOR_DIR] = _discriminator(session, critic, judged.pad_token_id)
         state = starting_state(session, learners)
-        if world.is_main:
-            for records in (run.metrics, run.samples):
-                cut_after(records, state.step if resumed else -1)
-            write_status(run, "running", state.step)
-        _describe(session, stages, learners)
-        trackers = open_trackers(
-            config.tracking, run, first_step=state.step + 1 if resumed else 0, is_main=world.is_main
-        )
-        stack.callback(trackers.close)
-        ends = end_tokens(session.tokenizer, own_template(session.tokenizer))
+        trackers = stack.enter_context(open_records(session, state, resumed=resumed))
+        _describe(session, stages)
         sampling = Sampling(
             config.data.max_response_tokens,
             config.rollout.temperature,
@@ -141,9 +127,7 @@ def _train(session: Session, stop: StopSignal, critic: BaseModel | None) -> RunR
             trackers=trackers,
             stop=stop,
             validate=check,
-            saver=make_saver(
-                session, learners, {DISCRIMINATOR_DIR: scoring_tokenizer(session.tokenizer, ends)}
-            ),
+            saver=make_saver(session, learners, {DISCRIMINATOR_DIR: judged}),
             checkpoints=session.checkpoints,
             check_first_step=check_first_step,
         )
@@ -193,12 +177,12 @@ def _check_positions(config: RunConfig, model: PreTrainedModel) -> None:
         )
 
 
-def _discriminator(session: Session, base: BaseModel | None) -> Learner:
+def _discriminator(session: Session, base: BaseModel | None, pad_id: int) -> Learner:
     config = session.config
     config = _with_lr(config, config.gad.discriminator_lr or config.optim.lr)
     base = base or session.base
     assert base is not None, "the configuration demands model.path"
-    built = build_run_discriminator(session, base)
+    built = build_run_discriminator(session, base, pad_id)
     no_dropout(built.model)
     for note in built.notes:
         log_stage("MODEL", f"discriminator: {note}")
@@ -259,11 +243,10 @@ def write_student(session: Session, student: Learner, directory: Path) -> None:
 
     def join() -> None:
         if parts.is_dir():
-            weights = shutil.ignore_patterns("*.safetensors")
-            shutil.copytree(parts, directory, dirs_exist_ok=True, ignore=weights)
-            assemble(parts, directory)
+            publish(parts, directory)
             shutil.rmtree(parts)
-        publish_names(directory)
+        else:
+            publish_names(directory)
 
     world.together(write)
     world.together(lambda: join() if world.is_main else None)
@@ -292,7 +275,7 @@ def _loader(session: Session, stage: Stage, ends: tuple[int, ...]) -> TeacherLoa
     )
 
 
-def _describe(session: Session, stages: tuple[Stage, ...], learners: dict[str, Learner]) -> None:
+def _describe(session: Session, stages: tuple[Stage, ...]) -> None:
     config, geometry, world = session.config, session.geometry, session.world
     describe_sources(session)
     log_stage("DDP", f"{engine_name(config, world)} on {world.world_size} process(es), {world.device}")

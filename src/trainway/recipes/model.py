@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedModel
 
 from trainway.config.schema import RunConfig
-from trainway.data.teacher import end_tokens, own_template
 from trainway.data.turns import Progress
 from trainway.engines.precision import Precision, choose_precision
 from trainway.models.attention_choice import use_attention
@@ -21,7 +20,6 @@ from trainway.models.discriminator import (
     DiscriminatorWeights,
     adapt_discriminator,
     build_discriminator,
-    scoring_tokenizer,
     use_discriminator_attention,
 )
 from trainway.models.fused import fuse_blocks
@@ -80,16 +78,15 @@ def build_run_model(session: Session) -> RunModel:
     return _ready(config, model, weights, precision, notes)
 
 
-def build_run_discriminator(session: Session, base: BaseModel) -> RunModel:
+def build_run_discriminator(session: Session, base: BaseModel, pad_id: int) -> RunModel:
     """A discriminator with the body of `base`, as `build_run_model` makes the model that it judges.
 
+    pad_id: the token by whose absence transformers finds where a text ends; see `scoring_tokenizer`.
     Raises ConfigError for settings that do not fit the model.
     """
     config, device = session.config, session.world.device
     precision = choose_precision(config.train.precision, device)
     dtype = _FROZEN[precision] if config.lora.enabled else torch.float32
-    ends = end_tokens(session.tokenizer, own_template(session.tokenizer))
-    pad_id = scoring_tokenizer(session.tokenizer, ends).pad_token_id
     model = build_discriminator(base, dtype=dtype, device=device, pad_id=pad_id)
     use_discriminator_attention(
         model, base, config.model.attention, packed=config.data.packing != "none", device=device

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from trainway.checkpoint.lock import run_lock
 from trainway.config.schema import RunConfig
-from trainway.data.prepare import PreparedData
+from trainway.data.prepare import prepare
 from trainway.data.turns import Progress
 from trainway.engines.world import open_world
 from trainway.files import disk_faults
 from trainway.logs import start_logging
-from trainway.models.base import BaseModel
 from trainway.recipes.model import find_run_base, run_shape
 from trainway.run_dir import RunDir
 from trainway.training.memory import memory_advice
@@ -21,13 +20,9 @@ from trainway.training.runs import Resume, choose_run_dir, run_status
 from trainway.training.session import RunResult, Session, begin_session, finished_before
 from trainway.training.shutdown import StopSignal
 
-Prepare = Callable[[RunConfig, BaseModel | None, Progress | None], PreparedData]
-"""Make or find the token store, before the process group exists: it may take longer than a collective may wait."""
-
 
 def run_recipe(
     config: RunConfig,
-    prepare: Prepare,
     train: Callable[[Session, StopSignal], RunResult],
     *,
     resume: Resume = "auto",
@@ -47,7 +42,8 @@ def run_recipe(
     """
     with ExitStack() as stack:
         base = find_run_base(config, progress)
-        prepared = prepare(config, base, progress)
+        # before the process group exists: it may take longer than a collective may wait
+        prepared = prepare(config, progress=progress, tokenizer_dir=base.directory if base else None)
         world = stack.enter_context(open_world(config.engine, config.train.num_threads))
         start_logging(config.log.level, is_main=world.is_main)
         run = RunDir(Path(world.from_main(str(choose_run_dir(config, resume).path) if world.is_main else "")))

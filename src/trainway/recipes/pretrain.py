@@ -7,21 +7,14 @@ from itertools import islice
 from typing import Any
 
 from trainway.config.schema import RunConfig
-from trainway.data.prepare import PreparedData, prepare
-from trainway.data.turns import Progress
-from trainway.models.base import BaseModel
-from trainway.recipes.supervised import Recipe, train_supervised
+from trainway.recipes.supervised import train_supervised
 from trainway.training.evaluate import Prompt, text_prompt
 from trainway.training.session import RunResult, Session
 
 
 def pretrain(config: RunConfig, **how: Any) -> RunResult:
     """Train a model from scratch, or `model.path` further, on documents; see `train_supervised` for the arguments."""
-    return train_supervised(config, Recipe(_prepare, _prompts), **how)
-
-
-def _prepare(config: RunConfig, base: BaseModel | None, progress: Progress | None) -> PreparedData:
-    return prepare(config, progress=progress, tokenizer_dir=base.directory if base else None)
+    return train_supervised(config, _prompts, **how)
 
 
 def _prompts(session: Session) -> list[Prompt]:

@@ -5,22 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from trainway.config.schema import RunConfig
-from trainway.data.prepare import PreparedData, prepare
-from trainway.data.turns import Progress
-from trainway.models.base import BaseModel
-from trainway.recipes.supervised import Recipe, train_supervised
+from trainway.recipes.supervised import train_supervised
 from trainway.training.evaluate import Prompt, answered_prompts, chat_prompt
 from trainway.training.session import RunResult, Session
 
 
 def sft(config: RunConfig, **how: Any) -> RunResult:
     """Tune `model.path` on conversations, whole or by adapters; see `train_supervised` for the arguments."""
-    return train_supervised(config, Recipe(_prepare, _prompts), **how)
-
-
-def _prepare(config: RunConfig, base: BaseModel | None, progress: Progress | None) -> PreparedData:
-    assert base is not None, "the configuration demands model.path"
-    return prepare(config, progress=progress, tokenizer_dir=base.directory)
+    return train_supervised(config, _prompts, **how)
 
 
 def _prompts(session: Session) -> list[Prompt]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 from trainway.config.schema import RunConfig
@@ -18,18 +16,16 @@ from trainway.models.causal_lm import CausalLMLoss
 from trainway.models.lora import check_gradients
 from trainway.planning.geometry import plan_memory
 from trainway.recipes.model import RunModel, build_run_model, run_shape
-from trainway.recipes.opening import Prepare, run_recipe
-from trainway.tracking import open_trackers
-from trainway.tracking.jsonl import cut_after
+from trainway.recipes.opening import run_recipe
 from trainway.training.evaluate import Prompt, continue_prompts, evaluate_batches
 from trainway.training.loop import Work, fit
-from trainway.training.runs import write_status
 from trainway.training.saving import STUDENT
 from trainway.training.session import (
     RunResult,
     Session,
     finish,
     make_saver,
+    open_records,
     recorded_end,
     starting_state,
 )
@@ -37,23 +33,17 @@ from trainway.training.shutdown import StopSignal
 from trainway.training.sources import describe_sources, source_metrics
 from trainway.training.speed import SpeedMeter, peak_flops
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """Where recipes differ: what they read, and what their samples continue."""
-
-    prepare: Prepare
-    prompts: Callable[[Session], Iterable[Prompt]]
-    """What samples continue: the same on every rank."""
+Prompts = Callable[[Session], Iterable[Prompt]]
+"""Where these recipes differ: what samples continue, the same on every rank."""
 
 
-def train_supervised(config: RunConfig, recipe: Recipe, **how: Any) -> RunResult:
-    """Train as `recipe` says, or go on with a run that was stopped or killed; see `run_recipe` for the arguments."""
-    return run_recipe(config, recipe.prepare, lambda session, stop: _train(session, recipe, stop), **how)
+def train_supervised(config: RunConfig, prompts: Prompts, **how: Any) -> RunResult:
+    """Train, or go on with a run that was stopped or killed; see `run_recipe` for the arguments."""
+    return run_recipe(config, lambda session, stop: _train(session, prompts, stop), **how)
 
 
-def _train(session: Session, recipe: Recipe, stop: StopSignal) -> RunResult:
-    config, world, run = session.config, session.world, session.run
+def _train(session: Session, prompts: Prompts, stop: StopSignal) -> RunResult:
+    config, world = session.config, session.world
     built = build_run_model(session)
     loss_module = CausalLMLoss(
         built.model, chunk_tokens=config.train.loss_chunk_tokens, z_loss=config.train.z_loss
@@ -61,17 +51,10 @@ def _train(session: Session, recipe: Recipe, stop: StopSignal) -> RunResult:
     learner = build_learner(config, loss_module, built.model, world, built.weights)
     state = starting_state(session, {STUDENT: learner})
     resumed = state.step > 0
-    if world.is_main:
-        for records in (run.metrics, run.samples):
-            cut_after(records, state.step if resumed else -1)
-        write_status(run, "running", state.step)
     peak, peak_source = peak_flops(world.device)
     _describe(session, built, f"peak {peak / 1e12:.2f} TFLOP/s per device ({peak_source})")
 
-    with ExitStack() as stack:
-        first_step = state.step + 1 if resumed else 0
-        trackers = open_trackers(config.tracking, run, first_step=first_step, is_main=world.is_main)
-        stack.callback(trackers.close)
+    with open_records(session, state, resumed=resumed) as trackers:
 
         def evaluate(step: int) -> float:
             precision = choose_precision(config.train.precision, world.device)
@@ -80,7 +63,7 @@ def _train(session: Session, recipe: Recipe, stop: StopSignal) -> RunResult:
             trackers.log(step, {**metrics, **source_metrics(session, step)})
             figures = f"loss {metrics['val/loss']:.4f}  perplexity {metrics['val/ppl']:.2f}"
             stage("EVAL", f"step {step}: {figures}  {metrics['val/bpb']:.4f} bits per byte")
-            write_samples(session, recipe, learner, loss_module, step)
+            write_samples(session, prompts, learner, loss_module, step)
             return metrics["val/loss"]
 
         def check_first_step() -> None:
@@ -108,27 +91,27 @@ def _train(session: Session, recipe: Recipe, stop: StopSignal) -> RunResult:
             if config.eval.after_training and state.best_step not in (None, state.step):
                 # the last step's samples are those of the last weights: the best ones answer once more
                 learner.read(session.checkpoints.resolve("best"))
-                write_samples(session, recipe, learner, loss_module, state.step, best=True)
+                write_samples(session, prompts, learner, loss_module, state.step, best=True)
     return finish(session, state, work.saver.stalled_s, built.census)
 
 
 def write_samples(
     session: Session,
-    recipe: Recipe,
+    prompts: Prompts,
     learner: Learner,
     loss_module: CausalLMLoss,
     step: int,
     *,
     best: bool = False,
 ) -> None:
-    """Continue the prompts of the recipe into samples.jsonl; `best` marks those of the best checkpoint's weights."""
+    """Continue the prompts into samples.jsonl; `best` marks those of the best checkpoint's weights."""
     if not (session.world.is_main or learner.is_sharded):
         return
     config, world = session.config, session.world
     samples = continue_prompts(
         loss_module,
         session.tokenizer,
-        recipe.prompts(session),
+        prompts(session),
         max_new_tokens=config.eval.max_new_tokens,
         temperature=config.eval.temperature,
         seed=config.seed,

@@ -66,16 +66,24 @@ def export(
             )
     if merge:
         return _export_merged(source, out, RunDir(Path(run)))
+    with atomic_directory(out) as partial:
+        publish(source, partial)
+    return out
+
+
+def publish(source: Path, out: Path) -> None:
+    """Copy a checkpoint's model directory into `out`, in one piece and by the names of its family.
+
+    Raises DataError for damaged weights, OSError of the disk; `out` is half written then.
+    """
     from trainway.models.published import publish_names  # transformers takes its time
 
     in_pieces = is_in_pieces(source)
-    with atomic_directory(out) as partial:
-        weights = shutil.ignore_patterns("*.safetensors") if in_pieces else None
-        shutil.copytree(source, partial, dirs_exist_ok=True, ignore=weights)
-        if in_pieces:
-            assemble(source, partial)
-        publish_names(partial)
-    return out
+    weights = shutil.ignore_patterns("*.safetensors") if in_pieces else None
+    shutil.copytree(source, out, dirs_exist_ok=True, ignore=weights)
+    if in_pieces:
+        assemble(source, out)
+    publish_names(out)
 
 
 def model_directory(target: str | Path) -> Path:

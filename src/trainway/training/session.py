@@ -31,6 +31,8 @@ from trainway.models.census import Census
 from trainway.planning.geometry import Geometry, resolve_geometry
 from trainway.provenance import collect_provenance, config_hash
 from trainway.run_dir import RunDir
+from trainway.tracking import Trackers, open_trackers
+from trainway.tracking.jsonl import cut_after
 from trainway.training.progress import clock
 from trainway.training.runs import Resume, refuse_changed_settings, write_status
 from trainway.training.saving import STATE_FILE, STUDENT, Saver
@@ -162,6 +164,22 @@ def starting_state(session: Session, learners: Mapping[str, Learner]) -> TrainSt
             warn(f"the checkpoint of step {step} is removed: the run goes on from step {state.step}")
     stage("STEP", f"going on from {path} (step {state.step} of {session.total_steps})")
     return state
+
+
+@contextmanager
+def open_records(session: Session, state: TrainState, *, resumed: bool) -> Iterator[Trackers]:
+    """The run's trackers, and what was recorded after `state`, a future that will not be, cut off before."""
+    run, is_main = session.run, session.world.is_main
+    if is_main:
+        for records in (run.metrics, run.samples):
+            cut_after(records, state.step if resumed else -1)
+        write_status(run, "running", state.step)
+    first_step = state.step + 1 if resumed else 0
+    trackers = open_trackers(session.config.tracking, run, first_step=first_step, is_main=is_main)
+    try:
+        yield trackers
+    finally:
+        trackers.close()
 
 
 def make_saver(

@@ -32,7 +32,7 @@ def test_bradley_terry_gradient_is_autograds(answers, dtype, tolerance):
         torch.testing.assert_close(found.loss, expected, rtol=tolerance, atol=0, check_dtype=True)
         torch.testing.assert_close(found.d_teacher, teacher.grad, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(found.d_student, student.grad, rtol=tolerance, atol=tolerance)
-        assert not found.d_teacher.requires_grad and not found.margin.requires_grad
+        assert not found.d_teacher.requires_grad and not found.d_student.requires_grad
     total = found.d_teacher.sum() + found.d_student.sum()  # the loss knows differences alone
     assert abs(total.item()) < tolerance
 
@@ -46,14 +46,13 @@ def test_bradley_terry_by_hand():
     )
     torch.testing.assert_close(found.d_student, torch.tensor([[0.5, sigmoid], [1 - sigmoid, 0.5]]) / 4)
     torch.testing.assert_close(found.d_teacher, -found.d_student.sum(1))
-    assert found.accuracy.item() == 0.25 and found.margin.item() == 0.0
 
 
 @pytest.mark.parametrize("score", [0.0, 12.4, -1e4])
 def test_equal_scores_cost_ln_2(score):
     found = bradley_terry(torch.full((3,), score), torch.full((3, 4), score))
     assert found.loss.item() == pytest.approx(math.log(2), rel=1e-7)
-    assert found.d_student.unique().tolist() == [pytest.approx(0.5 / 12)] and found.accuracy.item() == 0.0
+    assert found.d_student.unique().tolist() == [pytest.approx(0.5 / 12)]
 
 
 def test_scores_far_apart_stay_finite():
@@ -65,7 +64,10 @@ def test_half_precision_scores_are_taken_to_fp32():
     # near 12 bf16 has steps of 1/16: the scores are read wrongly before they come here, but not once more
     teacher, student = torch.tensor([12.0625]).bfloat16(), torch.tensor([[12.0, 12.125]]).bfloat16()
     found = bradley_terry(teacher, student)
-    assert found.loss.dtype == torch.float32 and found.margin.item() == 0.0
+    assert (
+        found.loss.dtype == torch.float32
+        and found.loss.item() == bradley_terry(teacher.float(), student.float()).loss
+    )
     assert group_advantages(student).dtype == torch.float32
 
 
