@@ -114,6 +114,15 @@ def test_the_run_tells_its_story(runs: Runs) -> None:
     assert names >= {"step-4", "step-6", "step-8"}  # keep_last is 2, but the reference is read from step 4
 
 
+def test_eval_repeats_the_best_steps_validation(runs: Runs) -> None:
+    run = runs("full", "single", "eval.num_prompts=100", name="whole-validation")  # all rows of the split
+    best = int((run / "checkpoints/best").readlink().name.removeprefix("step-"))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (loss,) = [record["val/loss"] for record in records if record["step"] == best and "val/loss" in record]
+    found = json.loads(run_cli("eval", run, "--json").stdout)
+    assert found["val/loss"] == pytest.approx(loss, rel=1e-6)
+
+
 def test_two_commands_are_one(runs: Runs) -> None:
     """stage=all is stage=warmup, then stage=adversarial from its checkpoint, bit for bit."""
     warmup = runs("full", "single", "gad.stage=warmup", name="warmup-alone")
