@@ -50,9 +50,9 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=150, help="student updates of gad's warm-up")
     parser.add_argument("--seqkd-lr", type=float, default=5e-4)
     parser.add_argument("--warmup-lr", type=float, default=5e-4)
-    parser.add_argument("--lr", type=float, default=1e-4, help="of the adversarial stage's student")
+    parser.add_argument("--lr", type=float, default=2e-5, help="of the adversarial stage's student")
     parser.add_argument("--discriminator-lr", type=float, default=3e-4)
-    parser.add_argument("--kl", type=float, default=0.001)
+    parser.add_argument("--kl", type=float, default=0.02)
     options = parser.parse_args()
     torch.set_num_threads(2)
     out = options.out
@@ -154,7 +154,9 @@ def measure(run: Path, student: Path, train: Path, held_out: Path, seed: int) ->
     from trainway.release.bundle import export
     from trainway.release.generate import load_causal_lm
 
-    model, tokenizer = load_causal_lm(export(run, run / "exported", which="latest"))
+    if not (run / "exported").exists():
+        export(run, run / "exported", which="latest")
+    model, tokenizer = load_causal_lm(run / "exported")
     learnt = pairs(model, tokenizer, train, JUDGE_ROWS, seed)
     unseen = pairs(model, tokenizer, held_out, HELD_OUT, seed)
     ours = [np.asarray(pair["student"]) for pair in unseen]
