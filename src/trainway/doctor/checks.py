@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from trainway.config.load import load_config
 from trainway.config.schema import RunConfig
-from trainway.doctor import data, disk, gpu, logins, machine, needs, network, versions
+from trainway.doctor import data, disk, gpu, logins, machine, needs, network, torch_build, versions
 from trainway.doctor.findings import (
     PAID_VARIABLE,
     Finding,
@@ -60,11 +60,11 @@ def examine(
     paid = paid or is_paid(environ)
     found, config = _configuration(source, settings)
     gpus = _asked(lambda: gpu.probe_gpus())
-    torch = _asked(lambda: versions.probe_torch(environ))
+    torch = _asked(lambda: torch_build.probe_torch(environ))
     facts = gpus or gpu.GpuFacts(fault="nvidia-smi does not answer")
     ranks = needs.ranks_here(config, facts, environ) if config else max(1, len(facts.gpus))
     subject = Subject(environ, config, ranks, paid)
-    checks = _checks(subject, facts, torch or versions.TorchFacts(fault="it does not answer"), git)
+    checks = _checks(subject, facts, torch or torch_build.TorchFacts(fault="it does not answer"), git)
     for number, (name, limit_s, check) in enumerate(checks):
         progress(name, number, len(checks))
         found += bounded(name, check, limit_s)
@@ -118,13 +118,14 @@ def _configuration(source: str | None, settings: Sequence[str]) -> tuple[list[Fi
 
 
 def _checks(
-    subject: Subject, facts: gpu.GpuFacts, torch: versions.TorchFacts, git: bool
+    subject: Subject, facts: gpu.GpuFacts, torch: torch_build.TorchFacts, git: bool
 ) -> list[tuple[str, float, Check]]:
     """(name, limit in seconds, check) in the order in which they are made and told."""
     config, environ = subject.config, subject.environ
     found: list[tuple[str, float, Check]] = [
         ("python", LIMIT_S, partial(machine.check_python, sys.version_info[:3])),
-        ("libraries", LIMIT_S, partial(versions.check_all, subject, torch, facts)),
+        ("PyTorch", LIMIT_S, partial(torch_build.check_torch, torch, facts, subject.ranks)),
+        ("libraries", LIMIT_S, _check_libraries),
         ("GPUs", LIMIT_S, partial(_check_gpus, subject, facts)),
         ("machine", LIMIT_S, partial(_check_machine, subject, facts)),
         ("network", LIMIT_S, partial(_check_network, subject)),
@@ -144,6 +145,13 @@ def _checks(
             ("model", LONG_S, partial(check_model, subject, config)),
         ]
     return found
+
+
+def _check_libraries() -> Iterator[Finding]:
+    required = versions.own_requirements()
+    installed = versions.installed_versions({*required, *versions.OPTIONAL})
+    yield from versions.check_libraries(required, installed)
+    yield from versions.check_clashes(installed, versions.stated_requirements(installed))
 
 
 def _check_gpus(subject: Subject, facts: gpu.GpuFacts) -> Iterator[Finding]:

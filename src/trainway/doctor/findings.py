@@ -9,7 +9,7 @@ from typing import Literal
 
 from trainway.config.schema import RunConfig
 from trainway.errors import UserError
-from trainway.provenance import MASK, mask_secrets
+from trainway.provenance import MASK, mask_tokens
 
 Level = Literal["ok", "warning", "failure"]
 
@@ -76,7 +76,7 @@ def failure(name: str, what: str, why: str, fix: str) -> Finding:
 
 def fault(name: str, error: UserError) -> Finding:
     """The failure that training would end with."""
-    return Finding("failure", name, error.what, error.why, error.fix)
+    return Finding("failure", name, error.what, error.why or "the run would end with this error", error.fix)
 
 
 def bounded(name: str, check: Callable[[], Iterable[Finding]], limit_s: float) -> list[Finding]:
@@ -111,7 +111,7 @@ def without_secrets(findings: Iterable[Finding], environ: Mapping[str, str]) -> 
     def clean(text: str) -> str:
         for value in values:
             text = text.replace(value, MASK)
-        return " ".join(mask_secrets(text.split(" ")))
+        return mask_tokens(text)
 
     return [
         replace(item, what=clean(item.what), why=clean(item.why), fix=clean(item.fix)) for item in findings

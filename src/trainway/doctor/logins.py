@@ -264,7 +264,10 @@ def _check_wandb(environ: Mapping[str, str], find: Callable[[str], object]) -> I
     mode = environ.get("WANDB_MODE", "")
     if find("wandb") is None:
         yield failure(
-            "wandb", "tracking.report_to names wandb, which is not installed", "", "pip install wandb"
+            "wandb",
+            "tracking.report_to names wandb, which is not installed",
+            "the run imports it",
+            "pip install wandb",
         )
     elif mode in ("offline", "disabled", "dryrun"):
         yield ok("wandb", f"Weights & Biases: WANDB_MODE is {mode}, so no login is needed")
@@ -293,7 +296,10 @@ def _check_mlflow(
     uri = environ.get("MLFLOW_TRACKING_URI", "")
     if find("mlflow") is None:
         yield failure(
-            "mlflow", "tracking.report_to names mlflow, which is not installed", "", "pip install mlflow"
+            "mlflow",
+            "tracking.report_to names mlflow, which is not installed",
+            "the run imports it",
+            "pip install mlflow",
         )
         return
     if not uri.startswith(("http://", "https://")):

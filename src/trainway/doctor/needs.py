@@ -126,13 +126,13 @@ def text_bytes(config: RunConfig) -> int:
 
 
 def memory_needs(config: RunConfig, ranks: int, world_size: int) -> tuple[int | None, str]:
-    """(bytes of one rank by the plan, the change that saves most); (None, "") where the shape is not known."""
+    """(bytes of one rank by the plan, the changes that save most); (None, "") where the shape is not known."""
     shape = planned_shape(config)
     if shape is None:
         return None, ""
     geometry = resolve_geometry(config, world_size)
     advice = oom_advice(config, shape, geometry, ranks=max(ranks, world_size))
-    return plan_memory(config, shape, geometry).total, str(advice[0]) if advice else ""
+    return plan_memory(config, shape, geometry).total, "; ".join(map(str, advice[:3]))
 
 
 def host_needs(config: RunConfig, ranks: int, world_size: int, *, on_cpu: bool) -> int | None:
@@ -185,5 +185,5 @@ def _held(folder: Path) -> int:
     total = 0
     for place in folder.rglob("*") if folder.is_dir() else ():
         with suppress(OSError):
-            total += place.lstat().st_size
+            total += place.lstat().st_size if place.is_file() else 0
     return total
