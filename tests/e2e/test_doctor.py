@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -57,6 +56,8 @@ def test_the_machine_alone(tmp_path: Path) -> None:
     assert "geometry" not in found
     assert "ssh-key" not in found
     assert "git" in findings("--git", **OFFLINE)
+    # R8: RUN_CONFIG stands in
+    assert "geometry" in findings("data.train=none.jsonl", check=4, RUN_CONFIG="cpu_small", **OFFLINE)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -126,11 +127,11 @@ def test_logins_and_a_gated_model(config: Path, tmp_path: Path) -> None:
         refused = run_cli("doctor", *words, "--json", check=4, HF_ENDPOINT=hub.url, HF_TOKEN=expired).stdout
         assert expired not in refused
         found = {item["name"]: item for item in json.loads(refused) if item["level"] == "failure"}
-        assert set(found) == {"token", "model-access"}
-        assert "accept its terms" in found["model-access"]["fix"]
+        assert set(found) == {"token", "access"}
+        assert "accept its terms" in found["access"]["fix"]
         allowed = findings(*words, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
     assert allowed["token"]["what"] == "the token is that of ada (read)"
-    assert allowed["model-access"]["what"] == "org/gated may be downloaded"
+    assert allowed["access"]["what"] == "the model org/gated may be downloaded"
     assert allowed["clock"]["level"] == "ok"
     assert {path for path, _ in hub.requests} >= {"/api/whoami-v2", "/api/models/org/gated/auth-check"}
 
@@ -170,15 +171,10 @@ def test_nothing_heavy_is_imported_to_say_so(verb: str, config: Path) -> None:
 
 
 def test_a_hub_that_never_answers_does_not_hold_it_up(config: Path) -> None:
-    import socket
-
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen(8)
-        port = deaf.getsockname()[1]
-        environ: dict[str, Any] = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_TOKEN": TOKEN}
-        began = time.monotonic()
-        found = findings(config, **environ)
+        hub = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        found = findings(config, HF_ENDPOINT=hub, HF_TOKEN=TOKEN)
     assert found["hub"]["level"] == "warning"
-    assert found["token"]["level"] in ("warning", "failure")
-    assert time.monotonic() - began < 280  # it came back by itself: run_cli gives it 300 s
+    assert found["token"]["what"].startswith("the token could not be tried: TimeoutError")

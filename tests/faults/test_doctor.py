@@ -498,6 +498,15 @@ def gated_model_refused(here: Place) -> Findings:
     return logins.check_access("org/model", TOKEN[::-1], {"HF_ENDPOINT": hub.url})
 
 
+def gated_dataset(here: Place) -> Findings:
+    hub = here.hub()
+    hub.datasets["org/chats"] = {"1" * 40: {}}
+    hub.gated.add("org/chats")
+    config = here.chats(data={"train": ["hf://org/chats[train[:1%]]"]})
+    ((name, kind),) = needs.hub_repositories(config)
+    return logins.check_access(name, None, {"HF_ENDPOINT": hub.url}, kind)
+
+
 def model_that_does_not_exist(here: Place) -> Findings:
     return logins.check_access("org/no-model", None, {"HF_ENDPOINT": here.hub().url})
 
@@ -559,22 +568,27 @@ def batch_that_does_not_divide(here: Place) -> Findings:
 
 
 def no_data_given(here: Place) -> Findings:
-    return data.check_data(here.config(data={"train": []}), hashes=True)
+    return data.check_data(here.config(data={"train": []}), {}, hashes=True)
 
 
 def data_missing(here: Place) -> Findings:
     here.write("corpus.json", "{}")
-    return data.check_data(here.config(), hashes=True)
+    return data.check_data(here.config(), {}, hashes=True)
 
 
 def data_empty(here: Place) -> Findings:
     here.corpus("")
-    return data.check_data(here.config(), hashes=True)
+    return data.check_data(here.config(), {}, hashes=True)
 
 
 def of_shards(here: Place, *, hashes: bool = True, **more: object) -> Findings:
     config = here.config(data={"train": [str(here.path / "shards")]})
-    return data.check_data(config, hashes=hashes, **more)  # type: ignore[arg-type]
+    return data.check_data(config, {}, hashes=hashes, **more)  # type: ignore[arg-type]
+
+
+def dataset_that_was_not_fetched(here: Place) -> Findings:
+    config = here.chats(data={"train": ["org/chats"]})
+    return data.check_data(config, {"HF_HUB_OFFLINE": "1", "HF_HOME": str(here.path)}, hashes=True)
 
 
 def shard_altered(here: Place) -> Findings:
@@ -607,12 +621,12 @@ def sharder_interrupted(here: Place) -> Findings:
 
 def first_row_malformed(here: Place) -> Findings:
     here.corpus('{"text": 7}\n')
-    return data.check_data(here.config(), hashes=True)
+    return data.check_data(here.config(), {}, hashes=True)
 
 
 def first_row_malformed_and_set_aside(here: Place) -> Findings:
     here.corpus('{"messages": []}\n')
-    return data.check_data(here.chats("data.on_bad_record=quarantine"), hashes=True)
+    return data.check_data(here.chats("data.on_bad_record=quarantine"), {}, hashes=True)
 
 
 def model_files_missing(here: Place) -> Findings:
@@ -713,9 +727,10 @@ FAULTS: tuple[Fault, ...] = (
     (token_read_only, "failure", "token-write", "the token of ada is read-only", "write permission to ada/model"),
     (token_of_someone_outside_the_organisation, "failure", "token-write", "may not write there", "lab/model"),
     (push_without_a_token, "failure", "token-write", "no valid token", "release.push_to_hub=false"),
-    (gated_model_without_a_token, "failure", "model-access", "refuses access to org/model", "accept its terms"),
-    (gated_model_refused, "failure", "model-access", "refuses access to org/model", "HF_TOKEN"),
-    (model_that_does_not_exist, "failure", "model-access", "org/no-model was not found", "correct the name"),
+    (gated_model_without_a_token, "failure", "access", "refuses access to org/model", "accept its terms"),
+    (gated_model_refused, "failure", "access", "refuses access to org/model", "HF_TOKEN"),
+    (gated_dataset, "failure", "access", "refuses access to org/chats", "accept its terms"),
+    (model_that_does_not_exist, "failure", "access", "org/no-model was not found", "correct the name"),
     (wandb_without_a_key, "failure", "wandb", "there is no key", "export WANDB_API_KEY"),
     (wandb_not_installed, "failure", "wandb", "not installed", "pip install wandb"),
     (mlflow_unreachable, "failure", "mlflow", "127.0.0.1:9 cannot be reached", "MLFLOW_TRACKING_URI"),
@@ -731,6 +746,7 @@ FAULTS: tuple[Fault, ...] = (
     (no_data_given, "failure", "data", "data.train is empty", "data.train=corpus.jsonl"),
     (data_missing, "failure", "data", "corpus.jsonl is missing", "correct the path"),
     (data_empty, "failure", "data", "the file is empty", "restore it"),
+    (dataset_that_was_not_fetched, "failure", "data", "org/chats is no file here", "trainway prepare"),
     (shard_altered, "failure", "data", "shard-00001.jsonl: the shard was altered", "make the shards again"),
     (shard_cut_off, "failure", "data", "shard-00001.jsonl: the shard was altered", "make the shards again"),
     (shard_missing, "failure", "data", "shard-00002.jsonl: the shard is missing", "restore it"),

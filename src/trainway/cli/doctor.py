@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,7 +23,7 @@ def doctor(
         list[str] | None,
         typer.Argument(
             metavar="[CONFIG] [KEY=VALUE]...",
-            help="The run that is meant for this machine, as for `trainway train`; left out: the machine alone.",
+            help="The run that is meant for this machine, as for `trainway train`; left out: the machine alone, or RUN_CONFIG.",
             show_default=False,
         ),
     ] = None,
@@ -40,7 +41,7 @@ def doctor(
 
     from trainway.doctor.checks import examine, exit_code
 
-    source, settings = split_arguments(words) if words else (None, [])
+    source, settings = split_arguments(words or []) if words or os.environ.get("RUN_CONFIG") else (None, [])
     with progress_bar() as progress:
         found = examine(
             source,

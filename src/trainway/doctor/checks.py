@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,7 +32,7 @@ Check = Callable[[], Iterable[Finding]]
 Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
 
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 """Of a check that asks a disk or a server."""
 LONG_S = 240.0
 """Of one that imports torch or hashes data."""
@@ -77,8 +77,8 @@ def cheap_checks(config: RunConfig, environ: Mapping[str, str] = os.environ) -> 
     subject = Subject(environ, config, paid=is_paid(environ))
     checks: tuple[tuple[str, Check], ...] = (
         *_disk_checks(subject, config),
-        ("data", partial(data.check_data, config, hashes=False)),
-        ("logins", partial(_check_logins, subject)),
+        ("data", partial(data.check_data, config, environ, hashes=False)),
+        ("logins", partial(_check_logins, subject, _hub(subject))),
     )
     found = [finding for name, check in checks for finding in bounded(name, check, LIMIT_S)]
     return without_secrets(found, environ)
@@ -122,14 +122,15 @@ def _checks(
 ) -> list[tuple[str, float, Check]]:
     """(name, limit in seconds, check) in the order in which they are made and told."""
     config, environ = subject.config, subject.environ
+    hub = _hub(subject)
     found: list[tuple[str, float, Check]] = [
         ("python", LIMIT_S, partial(machine.check_python, sys.version_info[:3])),
         ("PyTorch", LIMIT_S, partial(torch_build.check_torch, torch, facts, subject.ranks)),
         ("libraries", LIMIT_S, _check_libraries),
         ("GPUs", LIMIT_S, partial(_check_gpus, subject, facts)),
         ("machine", LIMIT_S, partial(_check_machine, subject, facts)),
-        ("network", LIMIT_S, partial(_check_network, subject)),
-        ("logins", LIMIT_S, partial(_check_logins, subject)),
+        ("network", LIMIT_S, partial(_check_network, subject, hub)),
+        ("logins", LIMIT_S, partial(_check_logins, subject, hub)),
         ("secrets", LIMIT_S, lambda: logins.check_secrets(logins.probe_command_lines(), environ)),
     ]
     found += [(name, LIMIT_S, check) for name, check in _disk_checks(subject, config)]
@@ -141,7 +142,7 @@ def _checks(
             ("run", LIMIT_S, partial(machine.check_run, machine.RunDir(needs.run_place(config)))),
             ("geometry", LIMIT_S, partial(needs.check_geometry, config, subject.ranks, environ)),
             ("engine", LIMIT_S, partial(versions.check_engine, config)),
-            ("data", LONG_S, partial(data.check_data, config, hashes=True)),
+            ("data", LONG_S, partial(data.check_data, config, environ, hashes=True)),
             ("model", LONG_S, partial(check_model, subject, config)),
         ]
     return found
@@ -183,24 +184,32 @@ def _check_machine(subject: Subject, facts: gpu.GpuFacts) -> Iterator[Finding]:
     yield from machine.check_machine(subject, needed)
 
 
-def _check_network(subject: Subject) -> Iterator[Finding]:
-    answer = None if subject.offline else network.ask(network.endpoint(subject.environ))
+def _hub(subject: Subject) -> Callable[[], network.Answer | None]:
+    """The Hub's answer, for which it is asked once; None where HF_HUB_OFFLINE forbids it."""
+    return cache(lambda: None if subject.offline else network.ask(network.endpoint(subject.environ)))
+
+
+def _check_network(subject: Subject, hub: Callable[[], network.Answer | None]) -> Iterator[Finding]:
+    answer = hub()
     yield from network.check_network(subject, answer, needs.from_the_hub(subject.config))
     yield from machine.check_clock(answer.skew_s if answer else None, "that of the Hub")
 
 
-def _check_logins(subject: Subject) -> Iterator[Finding]:
+def _check_logins(subject: Subject, hub: Callable[[], network.Answer | None]) -> Iterator[Finding]:
     config, environ = subject.config, subject.environ
-    token = logins.find_token(environ)
-    login = logins.probe_login(token, environ) if token and not subject.offline else None
+    token, answer = logins.find_token(environ), hub()
+    login = None
+    if token and answer is not None:
+        # the Hub's own library would try a server that does not answer again and again
+        login = logins.Login(fault=answer.fault) if answer.fault else logins.probe_login(token, environ)
     yield from logins.check_token(token, login, environ, needed=needs.from_the_hub(config))
     if config is None:
         return
     push = config.release.push_to_hub and not subject.offline
     yield from logins.check_write(login, needs.planned_repository(config), push=push)
-    model = needs.hub_model(config)
-    if model is not None and not subject.offline:
-        yield from logins.check_access(model, token, environ)
+    if answer is not None and not answer.fault:
+        for name, kind in needs.hub_repositories(config):
+            yield from logins.check_access(name, token, environ, kind)
     yield from logins.check_trackers(config.tracking.report_to, environ, importlib.util.find_spec)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,12 +11,12 @@ from typing import Any
 
 from trainway.config.mixes import train_sources
 from trainway.config.schema import RunConfig
-from trainway.data.hub_sources import hub_source
 from trainway.data.records import FieldNames, read_records
 from trainway.data.rows import BadRecord, BadRow
 from trainway.data.shards import SHARD_MANIFEST, check_shards
 from trainway.data.sources import Source, find_sources, read_documents
-from trainway.doctor.findings import Finding, failure, fault, listed, ok, warning
+from trainway.doctor.findings import Finding, failure, fault, is_offline, listed, ok, warning
+from trainway.doctor.needs import hub_dataset, is_fetched
 from trainway.errors import DataError
 from trainway.files import read_json
 
@@ -35,6 +35,7 @@ class Wanted:
 
 def check_data(
     config: RunConfig,
+    environ: Mapping[str, str],
     *,
     hashes: bool,
     limit_s: float = HASH_S,
@@ -45,6 +46,7 @@ def check_data(
     hashes: compare shards with their manifest byte for byte, until `limit_s` is over; else by their sizes.
     """
     wanted = _wanted(config)
+    offline = is_offline(environ)
     if not wanted:
         yield failure(
             "data",
@@ -56,7 +58,12 @@ def check_data(
     until = clock() + limit_s
     sound = 0
     for source in wanted:
-        findings = list(_check_source(source, config, hashes, until, clock))
+        dataset = hub_dataset(source.path, config)
+        if dataset is None:
+            findings = list(_check_source(source, config, hashes, until, clock))
+        else:  # the preparation fetches it
+            there = not offline or is_fetched(dataset, config, environ)
+            findings = [] if there else [_not_fetched(source.path)]
         sound += not any(item.level == "failure" for item in findings)
         yield from findings
     if sound == len(wanted):
@@ -66,8 +73,6 @@ def check_data(
 def _check_source(
     wanted: Wanted, config: RunConfig, hashes: bool, until: float, clock: Callable[[], float]
 ) -> Iterator[Finding]:
-    if hub_source(wanted.path, Path.cwd()) is not None:
-        return  # a dataset of the Hub: the preparation fetches it
     place = Path(wanted.path).expanduser()
     if wanted.optional and not place.exists():
         yield ok("data", f"{wanted.path} is absent, and optional")
@@ -84,6 +89,15 @@ def _check_source(
         yield fault("data", error)
         return
     yield from _first_rows(found, config)
+
+
+def _not_fetched(path: str) -> Finding:
+    return failure(
+        "data",
+        f"{path} is no file here, and no dataset of the Hub that was fetched before",
+        f"HF_HUB_OFFLINE is set; looked for {Path(path).expanduser().absolute()}",
+        "correct the path; or run `trainway prepare CONFIG` where there is a network, and bring data.store_dir along",
+    )
 
 
 def check_shard_folder(

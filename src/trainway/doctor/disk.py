@@ -121,7 +121,8 @@ def judge_room(room: Room, group: Sequence[Need]) -> Iterator[Finding]:
             "disk-space", f"{places}: {gib(room.free)} are free, about {gib(total)} are needed", why, fix
         )
     else:
-        yield ok("disk-space", f"{places}: {gib(room.free)} are free, about {gib(total)} are needed")
+        needed = f", about {gib(total)} are needed" if total else ""
+        yield ok("disk-space", f"{places}: {gib(room.free)} are free{needed}")
     if room.inodes is None:
         return
     what = f"{places}: {room.inodes:,} more files can be made"
@@ -172,7 +173,7 @@ def probe_speed(
 def check_speed(mb_s: float, folder: Path, checkpoint_bytes: int | None) -> Iterator[Finding]:
     """checkpoint_bytes: of one checkpoint, as far as it is known."""
     takes = ""
-    if checkpoint_bytes:
+    if checkpoint_bytes and checkpoint_bytes > mb_s * 1e6:
         takes = f"; a checkpoint of {gib(checkpoint_bytes)} takes about {math.ceil(checkpoint_bytes / 1e6 / mb_s):,} s"
     what = f"{folder} is written at {mb_s:,.0f} MB/s{takes}"
     if mb_s < SLOW_MB_S:

@@ -51,7 +51,12 @@ class Subject:
 
     @property
     def offline(self) -> bool:
-        return self.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        return is_offline(self.environ)
+
+
+def is_offline(environ: Mapping[str, str]) -> bool:
+    """Whether HF_HUB_OFFLINE forbids to ask the Hub, as its own library reads it."""
+    return environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def is_paid(environ: Mapping[str, str]) -> bool:

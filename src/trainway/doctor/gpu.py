@@ -145,6 +145,8 @@ def check_count(
     facts: GpuFacts, environ: Mapping[str, str], ranks: int, chosen: Sequence[int]
 ) -> Iterator[Finding]:
     """ranks: processes that are asked for here; chosen: engine.gpus."""
+    if facts.fault:
+        return  # the driver says nothing of its GPUs
     visible = visible_numbers(facts, environ)
     told = [word.strip() for word in environ.get(VISIBLE, "").split(",")]
     told = [word for word in told if word not in ("", "-1", "NoDevFiles")]

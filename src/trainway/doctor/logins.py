@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import psutil
@@ -169,18 +169,20 @@ def may_write(login: Login, repository: str | None) -> bool:
     return login.role == "write" and (owner == login.name or member in WRITERS)
 
 
-def check_access(model: str, token: str | None, environ: Mapping[str, str]) -> Iterator[Finding]:
-    """Whether the model may be downloaded: gated ones need a licence that was accepted."""
+def check_access(
+    name: str, token: str | None, environ: Mapping[str, str], kind: Literal["model", "dataset"] = "model"
+) -> Iterator[Finding]:
+    """Whether a model or dataset may be downloaded: of a gated one the terms must have been accepted."""
     from huggingface_hub import HfApi
 
     try:
-        HfApi(endpoint=endpoint(environ), token=token or False).auth_check(model)
+        HfApi(endpoint=endpoint(environ), token=token or False).auth_check(name, repo_type=kind)
     except Exception as error:
         if is_unreachable(error):
             return  # said of the Hub already
-        yield fault("model-access", user_error(model, error, kind="model"))
+        yield fault("access", user_error(name, error, kind=kind))
     else:
-        yield ok("model-access", f"{model} may be downloaded")
+        yield ok("access", f"the {kind} {name} may be downloaded")
 
 
 def check_trackers(

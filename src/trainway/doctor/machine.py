@@ -238,8 +238,8 @@ def check_run(run: RunDir) -> Iterator[Finding]:
         status = read_json(run.status) if run.status.exists() else {}
     except DataError as error:
         status = {"state": error.what}
-    if status.get("state") in ("done", "stopped"):
-        yield ok("run-lock", f"{run.path} is free; its run is {status['state']}")
+    if status.get("state") in ("done", "stopped", "failed"):
+        yield ok("run-lock", f"{run.path} is free; its last run: {status['state']}")
         return
     yield warning(
         "run-lock",

@@ -7,10 +7,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 from trainway.config.mixes import train_sources
 from trainway.config.rules import is_local
 from trainway.config.schema import RunConfig
+from trainway.data.hub_sources import HUB_DIR, HubSource, hub_source
 from trainway.doctor.disk import Need
 from trainway.doctor.findings import Finding, Subject, fault, ok
 from trainway.doctor.gpu import GpuFacts, visible_numbers
@@ -59,10 +61,29 @@ def from_the_hub(config: RunConfig | None) -> str:
     """What the run takes from the Hub, in words; empty for nothing."""
     if config is None:
         return ""
-    path = config.model.path
-    parts = [f"the model {path}"] if hub_model(config) else []
-    parts += ["a place for the trained model"] if config.release.push_to_hub else []
-    return " and ".join(parts)
+    parts = [f"the {kind} {name}" for name, kind in hub_repositories(config)]
+    return " and ".join([*parts, *(["a place for the trained model"] * config.release.push_to_hub)])
+
+
+def hub_repositories(config: RunConfig) -> list[tuple[str, Literal["model", "dataset"]]]:
+    """(name, kind) of every repository of the Hub that the run reads."""
+    model = hub_model(config)
+    found: list[tuple[str, Literal["model", "dataset"]]] = [] if model is None else [(model, "model")]
+    paths = [source.path for source in train_sources(config.data)] + list(config.data.validation)
+    sources = (hub_dataset(path, config) for path in paths)
+    return found + [(source.name, "dataset") for source in sources if source is not None]
+
+
+def hub_dataset(path: str, config: RunConfig) -> HubSource | None:
+    """What a source names on the Hub; documents of pretraining are always local."""
+    return None if config.recipe == "pretrain" else hub_source(path, Path.cwd())
+
+
+def is_fetched(source: HubSource, config: RunConfig, environ: Mapping[str, str]) -> bool:
+    """Whether a dataset of the Hub is here already: exported for a preparation, or in the Hub's own cache."""
+    name = source.name.replace("/", "--")
+    exported = (Path(config.data.store_dir) / HUB_DIR).glob(f"{name}-*/")
+    return any(exported) or (hub_home(environ) / "hub" / f"datasets--{name}").is_dir()
 
 
 def hub_model(config: RunConfig) -> str | None:

@@ -377,7 +377,7 @@ def test_all_bad_shards_are_named(here: Place) -> None:
     (folder / "shard-00002.jsonl").write_text("")
     config = here.config(data={"train": [str(folder)]})
     for hashes in (True, False):
-        found = [item.what for item in data.check_data(config, hashes=hashes) if item.level == "failure"]
+        found = [item.what for item in data.check_data(config, {}, hashes=hashes) if item.level == "failure"]
         assert [what.split(":")[0].rpartition("/")[2] for what in found] == [
             "shard-00000.jsonl",
             "shard-00002.jsonl",
@@ -389,12 +389,23 @@ def test_whole_shards_and_absent_optional_sources(here: Place) -> None:
     folder = shards(here.path / "shards")
     optional = {"path": str(here.path / "books.jsonl"), "optional": True}
     config = here.config(data={"train": [str(folder), optional]})
-    found = list(data.check_data(config, hashes=True))
+    found = list(data.check_data(config, {}, hashes=True))
     assert [item.what for item in found] == [
         f"{here.path}/books.jsonl is absent, and optional",
         "2 sources of data, all there",
     ]
     assert set(levels(found)) == {"ok"}
+
+
+def test_datasets_of_the_hub_are_fetched_by_the_preparation(here: Place) -> None:
+    config = here.chats(data={"train": ["org/chats"]})
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(here.path / "home")}
+    assert levels(data.check_data(config, {}, hashes=True)) == ["ok"]
+    assert levels(data.check_data(config, offline, hashes=True)) == ["failure"]
+    here.write("home/hub/datasets--org--chats/refs/main", "")
+    assert levels(data.check_data(config, offline, hashes=True)) == ["ok"]
+    # pretraining reads files: what looks like a dataset is a directory that is missing
+    assert levels(data.check_data(here.config(data={"train": ["org/chats"]}), {}, hashes=True)) == ["failure"]
 
 
 # machine
