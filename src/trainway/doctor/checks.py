@@ -125,7 +125,11 @@ def _checks(
     hub = _hub(subject)
     found: list[tuple[str, float, Check]] = [
         ("python", LIMIT_S, partial(machine.check_python, sys.version_info[:3])),
-        ("PyTorch", LIMIT_S, partial(torch_build.check_torch, torch, facts, subject.ranks)),
+        (
+            "PyTorch",
+            LIMIT_S,
+            partial(torch_build.check_torch, torch, gpu.visible_facts(facts, environ), subject.ranks),
+        ),
         ("libraries", LIMIT_S, _check_libraries),
         ("GPUs", LIMIT_S, partial(_check_gpus, subject, facts)),
         ("machine", LIMIT_S, partial(_check_machine, subject, facts)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -115,6 +115,11 @@ def visible_numbers(facts: GpuFacts, environ: Mapping[str, str]) -> list[int]:
             break
         found.append(place)
     return found
+
+
+def visible_facts(facts: GpuFacts, environ: Mapping[str, str]) -> GpuFacts:
+    """The same without the GPUs that CUDA_VISIBLE_DEVICES hides."""
+    return replace(facts, gpus=tuple(facts.gpus[number] for number in visible_numbers(facts, environ)))
 
 
 def check_driver(facts: GpuFacts, *, paid: bool) -> Iterator[Finding]:

@@ -190,7 +190,8 @@ def world_size(config: RunConfig, ranks: int, environ: Mapping[str, str]) -> int
 
 
 def on_cpu(subject: Subject, facts: GpuFacts) -> bool:
-    return not visible_numbers(facts, subject.environ)
+    """Whether training takes the CPU; not where the driver of GPUs merely does not answer."""
+    return not facts.fault and not visible_numbers(facts, subject.environ)
 
 
 def _places(pattern: str) -> Sequence[Path]:

@@ -13,7 +13,7 @@ from trainway.config.load import load_config
 from trainway.doctor import data, disk, gpu, logins, machine, needs, network, torch_build, versions
 from trainway.doctor.checks import cheap_checks, refuse_unready
 from trainway.doctor.disk import Mount, Room
-from trainway.doctor.findings import Finding, is_paid, warning, without_secrets
+from trainway.doctor.findings import Finding, Subject, is_paid, warning, without_secrets
 from trainway.doctor.logins import Login
 from trainway.doctor.torch_build import TorchFacts
 from trainway.errors import EnvironmentFault
@@ -101,6 +101,18 @@ def test_what_cuda_visible_devices_leaves(told: str | None, numbers: list[int], 
     facts = here.smi(smi_xml(*(gpu_xml(number) for number in range(3))))
     environ = {} if told is None else {"CUDA_VISIBLE_DEVICES": told}
     assert gpu.visible_numbers(facts, environ) == numbers
+
+
+def test_hidden_gpus_are_no_matter_of_the_cpu_build(here: Place) -> None:
+    facts = here.smi(smi_xml())
+    hidden = gpu.visible_facts(facts, {"CUDA_VISIBLE_DEVICES": ""})
+    assert levels(torch_build.check_torch(TorchFacts("2.13.0+cpu"), hidden)) == ["ok"]
+    built = TorchFacts("2.13.0+cu128", "12.8", fault="RuntimeError: No CUDA GPUs are available")
+    assert levels(torch_build.check_torch(built, hidden)) == ["ok"]
+    assert levels(torch_build.check_torch(built, facts)) == ["ok", "failure"]
+    config = here.config()
+    assert needs.on_cpu(Subject({"CUDA_VISIBLE_DEVICES": ""}, config), facts)
+    assert not needs.on_cpu(Subject({}, config), gpu.GpuFacts(fault="it does not answer"))
 
 
 def test_ranks_follow_the_gpus(here: Place) -> None:
