@@ -55,10 +55,14 @@ def test_the_machine_alone(tmp_path: Path) -> None:
     assert found["hub"]["what"].startswith("HF_HUB_OFFLINE is set")
     assert "geometry" not in found
     assert "ssh-key" not in found
-    assert "git" in findings("--git", **OFFLINE)
-    # R8: RUN_CONFIG stands in
-    assert "geometry" in findings("data.train=none.jsonl", check=4, RUN_CONFIG="cpu_small", **OFFLINE)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_run_config_stands_in() -> None:
+    # R8
+    found = findings("data.train=none.jsonl", "--git", check=4, RUN_CONFIG="cpu_small", **OFFLINE)
+    assert found["geometry"]["level"] == "ok"
+    assert found["git"]["level"] in ("ok", "failure")
 
 
 def test_a_run_that_is_ready(config: Path, tmp_path: Path) -> None:
