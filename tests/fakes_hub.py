@@ -22,6 +22,10 @@ class FakeHub:
         self.cut: set[str] = set()
         """Files whose connection breaks off halfway."""
         self.token: str | None = None
+        self.login: dict[str, Any] = {}
+        """What whoami answers to the token."""
+        self.date: str | None = None
+        """The clock of this server, as HTTP writes it; None: the real one."""
         self.requests: list[tuple[str, str | None]] = []
         self.url = ""
 
@@ -31,19 +35,25 @@ class FakeHub:
         parts = urllib.parse.unquote(path.split("?")[0]).strip("/").split("/")
         is_api = parts[0] == "api"
         parts = parts[1:] if is_api else parts
+        if parts == ["whoami-v2"]:
+            known = self.token is not None and authorization == f"Bearer {self.token}"
+            return _json(self.login) if known else (401, b'{"error": "Invalid credentials"}', {})
         if parts[0] not in ("datasets", "models"):  # the files of a model lie at the top
             parts = ["models", *parts]
         repositories = self.models if parts[0] == "models" else self.datasets
         name, rest = "/".join(parts[1:3]), parts[3:]
         if name not in repositories:
             return 404, b"{}", {"X-Error-Code": "RepoNotFound"}
-        is_open = repositories is self.models and is_api  # of a gated model anyone may see the list of files
+        # of a gated model anyone may see the list of files
+        is_open = repositories is self.models and is_api and rest[:1] != ["auth-check"]
         if name in self.gated and not is_open and authorization != f"Bearer {self.token}":
             return (
                 403 if authorization else 401,
                 b"{}",
                 {"X-Error-Code": "GatedRepo", "X-Error-Message": f"Access to {name} is restricted."},
             )
+        if is_api and rest[:1] == ["auth-check"]:
+            return _json({})
         commits = repositories[name]
         wanted = rest[1] if len(rest) > 1 else "main"
         commit = list(commits)[-1] if wanted == "main" else wanted
@@ -82,6 +92,9 @@ def serve(hub: FakeHub) -> Iterator[FakeHub]:
 
         def log_message(self, *arguments: object) -> None:
             pass
+
+        def date_time_string(self, timestamp: float | None = None) -> str:
+            return hub.date or super().date_time_string(timestamp)
 
         def do_GET(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length", 0)))

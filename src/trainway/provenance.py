@@ -63,6 +63,13 @@ def mask_secrets(argv: Sequence[str]) -> list[str]:
     return masked
 
 
+def mask_tokens(text: str) -> str:
+    """A text with logins in URLs, bearer tokens and tokens of known kinds replaced by ***; prose stays as it is."""
+    text = _URL_LOGIN.sub(rf"\1{MASK}@", text)
+    text = _BEARER.sub(rf"\1{MASK}", text)
+    return _KNOWN.sub(MASK, text)
+
+
 # A setting whose last word is a secret's name: hf_token=, --wandb.api-key=. Not max_tokens=, not tokenizer.path=.
 _SECRET_NAME = (
     r"[\w.\-]*(?:token|secret|passw(?:or)?d|passphrase|credentials?|apikey|(?<![a-z])key|authorization)"
@@ -83,10 +90,7 @@ _KNOWN = re.compile(
 def _mask(argument: str) -> str:
     if match := _SETTING.fullmatch(argument):
         return match[1] + MASK
-    argument = _URL_LOGIN.sub(rf"\1{MASK}@", argument)
-    argument = _BEARER.sub(rf"\1{MASK}", argument)
-    argument = _KNOWN.sub(MASK, argument)
-    return _INSIDE.sub(rf"\1{MASK}", argument)
+    return _INSIDE.sub(rf"\1{MASK}", mask_tokens(argument))
 
 
 def _package_git() -> dict[str, Any] | None:

@@ -64,7 +64,7 @@ def test_imports_go_one_way(path: Path) -> None:
 
 
 def light_modules() -> list[str]:
-    parts = ("cli", "config", "planning", "launch", "errors.py", "run_dir.py")
+    parts = ("cli", "config", "doctor", "planning", "launch", "errors.py", "run_dir.py")
     files = [path for path in sources() if path.relative_to(ROOT).parts[0] in parts]
     names = [".".join(("trainway", *path.relative_to(ROOT).with_suffix("").parts)) for path in files]
     return ["trainway", *(name.removesuffix(".__init__") for name in names)]
@@ -75,6 +75,7 @@ def test_the_light_parts_import_without_the_heavy_libraries() -> None:
     assert {
         "trainway.cli.app",
         "trainway.config.load",
+        "trainway.doctor.checks",
         "trainway.planning.geometry",
         "trainway.launch",
     } <= set(names)

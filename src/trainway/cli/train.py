@@ -45,6 +45,7 @@ def train(
 
     Example: trainway train m3_medium data.train=corpus.jsonl total_steps=1000
     """
+    from trainway.doctor.checks import refuse_unready
     from trainway.launch.local import start_training
 
     source, settings = split_arguments(words or [])
@@ -53,6 +54,7 @@ def train(
     if dry_run:
         _show_plan(source, settings)
         return ExitCode.DONE
+    refuse_unready(source, settings)
     with progress_bar() as progress:
         return start_training(
             source,
