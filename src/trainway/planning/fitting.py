@@ -112,7 +112,9 @@ def _smallest(
         )
         has_room = memory.host <= gpu.host_gib * GIB or not gpu.host_gib
         if headroom.fits and has_room:
-            return _fit(_changed(basis, config), gpu, num_gpus, num_nodes, change, memory)
+            fit = _fit(_changed(basis, config), gpu, num_gpus, num_nodes, change, memory)
+            if fit is not None:
+                return fit
     return None
 
 

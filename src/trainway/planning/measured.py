@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import typing
 import uuid
-import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from trainway.files import atomic_write
 from trainway.planning.gpus import Gpu, gpu_of_device
+
+log = logging.getLogger(__name__)
 
 HOME_VARIABLE = "TRAINWAY_HOME"
 FURTHEST = math.log(8)
@@ -116,7 +118,7 @@ def load_measurements(directory: Path | None = None) -> list[Measurement]:
         try:
             found.append(_parse(json.loads(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, TypeError) as error:
-            warnings.warn(f"{path} is passed over: {error}", stacklevel=2)
+            log.warning("%s is passed over: %s", path, error)
     return found
 
 

@@ -140,7 +140,7 @@ class Plan:
             "engine": self.config.engine.name,
             "precision": self.precision,
             "model": {"path": self.config.model.path, "family": self.family, **asdict(self.parameters)},
-            "gpu": {**asdict(self.gpu), "num_gpus": self.num_gpus, "num_nodes": self.num_nodes},
+            "gpu": {**asdict(self.gpu), "aliases": list(self.gpu.aliases), "num_gpus": self.num_gpus, "num_nodes": self.num_nodes},
             "geometry": asdict(self.geometry),
             "stages": None if self.stages is None else [asdict(stage) for stage in self.stages],
             "rows": None if self.rows is None else asdict(self.rows),

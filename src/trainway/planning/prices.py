@@ -6,7 +6,6 @@ import json
 import os
 import urllib.error
 import urllib.request
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -101,7 +100,6 @@ def refresh_prices(
 def _known(directory: Path, why: str) -> PriceList:
     known = load_prices(directory)
     note = f"prices are not refreshed: {why}; those of the dates shown are used"
-    warnings.warn(note, stacklevel=3)
     return PriceList(known.prices, "; ".join(part for part in (note, known.note) if part))
 
 
