@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -80,6 +78,8 @@ def refresh_prices(
     Whatever fails (no key, no network, a refusal, an answer of another form), the prices that are known stay, and
     `note` says why. `api`: base URL; empty means TRAINWAY_RUNPOD_API, else RunPod's.
     """
+    from urllib.error import HTTPError
+
     directory = directory or state_dir()
     key = environ.get(KEY_VARIABLE)
     if not key:
@@ -90,7 +90,7 @@ def refresh_prices(
         prices = _parse(content, datetime.now(UTC).date().isoformat())
         directory.mkdir(parents=True, exist_ok=True)
         atomic_write(directory / SHIPPED.name, _to_text(prices))
-    except urllib.error.HTTPError as error:
+    except HTTPError as error:
         return _known(directory, f"the catalogue answered {error.code} {error.reason}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return _known(directory, f"{type(error).__name__}: {error}")
@@ -104,11 +104,11 @@ def _known(directory: Path, why: str) -> PriceList:
 
 
 def _ask(url: str, key: str, timeout_s: float) -> Any:
-    # urllib hides a request's headers from its errors, so no message can show the key
-    request = urllib.request.Request(
-        url, headers={"Authorization": f"Bearer {key}", "Accept": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+    from urllib.request import Request, urlopen  # takes longer to import than a plan to make
+
+    # its errors do not show a request's headers, so no message can show the key
+    request = Request(url, headers={"Authorization": f"Bearer {key}", "Accept": "application/json"})
+    with urlopen(request, timeout=timeout_s) as answer:
         return json.loads(answer.read())
 
 

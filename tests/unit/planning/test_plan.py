@@ -240,7 +240,9 @@ def test_advice_that_is_enough_is_enough(name: str, gpu: str, words: list[str]) 
     assert not found.fits and found.advice
     for item in found.advice:
         # a preset that gives the global batch has no accumulation to give
-        change = [word for word in item.change.split() if "grad_accum_steps" not in word or name != "sft_small"]
+        change = [
+            word for word in item.change.split() if "grad_accum_steps" not in word or name != "sft_small"
+        ]
         settings = dict(word.split("=") for word in [*words, *change])
         changed = on(name, gpu, 1, *(f"{key}={value}" for key, value in settings.items()))
         assert changed.headroom.peak_bytes < found.headroom.peak_bytes, item.change
