@@ -12,7 +12,7 @@ from trainway.planning.facts import Model
 from trainway.planning.geometry import plan_memory, resolve_geometry
 from trainway.planning.gpus import GPUS, Gpu
 from trainway.planning.headroom import judge, shares_gpu
-from trainway.planning.plan import Basis, Fit, plan_on, planned_precision
+from trainway.planning.plan import Basis, Fit, check_ranks, plan_on, planned_precision
 
 MOST_NODES = 32
 LESS_SHARE = 0.4
@@ -105,7 +105,7 @@ def _smallest(
     for num_gpus, num_nodes in _worlds(gpu, config):
         world = num_gpus * num_nodes
         memory = _memory(basis, config, world, precision, cache)
-        if memory is None:
+        if memory is None or not _is_allowed(config, gpu, num_gpus, num_nodes):
             continue
         headroom = judge(
             config, basis.model, memory, gpu, num_gpus=num_gpus, world_size=world, half=precision != "fp32"
@@ -116,6 +116,14 @@ def _smallest(
             if fit is not None:
                 return fit
     return None
+
+
+def _is_allowed(config: RunConfig, gpu: Gpu, num_gpus: int, num_nodes: int) -> bool:
+    try:
+        check_ranks(config, gpu, num_gpus, num_nodes)
+    except ConfigError:
+        return False
+    return True
 
 
 def _memory(

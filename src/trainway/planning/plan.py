@@ -15,7 +15,7 @@ from trainway.planning.facts import Model
 from trainway.planning.gad import Stage, gad_stages
 from trainway.planning.geometry import Geometry, plan_memory, resolve_geometry
 from trainway.planning.gpus import GPUS, Gpu, find_gpu
-from trainway.planning.headroom import Headroom, changes_that_help, judge, parts
+from trainway.planning.headroom import Headroom, changes_that_help, judge, parts, shares_gpu
 from trainway.planning.measured import Measurement, load_measurements, nearest
 from trainway.planning.model_shape import find_shape
 from trainway.planning.prices import Price, PriceList, load_prices
@@ -233,7 +233,7 @@ def plan_on(
 ) -> Plan:
     """The plan of a configuration on `num_gpus` GPUs in each of `num_nodes` nodes. `memory`: of a rank, if known."""
     config, model, world = basis.config, basis.model, num_gpus * num_nodes
-    _check_ranks(config, num_gpus, num_nodes)
+    check_ranks(config, gpu, num_gpus, num_nodes)
     rows = basis.rows.count if basis.rows else None
     geometry = resolve_geometry(config, world, rows)
     stages = gad_stages(config, rows) if config.recipe == "gad" else None
@@ -295,15 +295,16 @@ def _cheapest(basis: Basis, fits: Sequence[Fit], num_gpus: int | None, num_nodes
         fit = next((fit for fit in fits if not fit.change), None)
         if fit is not None:
             return plan_on(basis, find_gpu(fit.gpu), fit.num_gpus, fit.num_nodes)
-    priced = [gpu for gpu in GPUS if basis.prices.of(gpu)]
-    plans = [plan_on(basis, gpu, num_gpus or _ranks(basis.config), num_nodes) for gpu in priced]
+    count = num_gpus or max(_ranks(basis.config), basis.config.rollout.tensor_parallel)
+    plans = [plan_on(basis, gpu, count, num_nodes) for gpu in GPUS if basis.prices.of(gpu)]
     fitting = [found for found in plans if found.fits and found.step_s is not None]
     if fitting:
         return min(fitting, key=lambda found: (found.step_s or 0.0) * (found.dollars_per_hour or 0.0))
     return max(plans, key=lambda found: found.headroom.device_bytes)
 
 
-def _check_ranks(config: RunConfig, num_gpus: int, num_nodes: int) -> None:
+def check_ranks(config: RunConfig, gpu: Gpu, num_gpus: int, num_nodes: int) -> None:
+    """Raises ConfigError for numbers of GPUs that the run itself would refuse."""
     if num_gpus < 1 or num_nodes < 1:
         raise ConfigError(
             f"{num_gpus} GPUs in each of {num_nodes} nodes",
@@ -315,6 +316,13 @@ def _check_ranks(config: RunConfig, num_gpus: int, num_nodes: int) -> None:
             f"engine.name=single uses one GPU of {num_gpus * num_nodes}",
             "the others would be paid for and idle",
             "use engine.name=ddp or fsdp, or --num-gpus 1",
+        )
+    spread = config.rollout.tensor_parallel
+    if shares_gpu(config) and not gpu.is_cpu and num_gpus % spread:
+        raise ConfigError(
+            f"rollout.tensor_parallel is {spread}, with {num_gpus} GPUs in a node",
+            "each copy of the student is spread over that many GPUs of one node",
+            f"use --num-gpus {spread}, or a divisor of {num_gpus}",
         )
 
 

@@ -12,8 +12,6 @@ BANDWIDTH_SHARE = 0.6
 """Of the data sheet's bandwidth that decoding reaches."""
 PREFILL_SHARE = 0.4
 """Of the peak that prompts and large batches reach."""
-MOST_AT_ONCE = 256
-"""Answers that a vLLM server writes at once, if their keys and values fit."""
 VLLM_TOKEN_S, TRANSFORMERS_LAYER_S = 2e-3, 1e-3
 """What starting the work of one token costs: vLLM by recorded graphs, transformers kernel by kernel for each block."""
 ALL_REDUCE_S = 2 * 20e-6
@@ -49,8 +47,9 @@ def answer_seconds(
     size = 4 if precision == "fp32" else 2
     each = math.ceil(prompts * rollout.num_per_prompt / copies)
     kept = cache_bytes_per_answer(model, prompt + answer, size)
-    room = max(1, int(cache_bytes // kept)) if served else rollout.batch_size
-    batch = min(each, room, MOST_AT_ONCE) if served else min(each, room)
+    batch = min(each, rollout.batch_size * spread)
+    if served:
+        batch = min(batch, max(1, int(cache_bytes // kept)))
     peak = gpu.peak_flops(precision) * spread
     bandwidth = gpu.bandwidth_gb_s * 1e9 * spread * BANDWIDTH_SHARE
     read = size * _weights_read(model, batch) + batch * cache_bytes_per_answer(

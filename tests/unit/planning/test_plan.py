@@ -315,7 +315,8 @@ def test_a_measured_cpu_has_hours(home: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in preset_names() if name != "quickstart_tune"])
 @pytest.mark.parametrize("gpu", ["H100", "cpu"])
 def test_every_preset_has_a_plan(name: str, gpu: str) -> None:
-    found = plan(load(name), gpu, 1, rows=ROWS)
+    config = load(name)
+    found = plan(config, gpu, config.rollout.tensor_parallel if gpu == "H100" else 1, rows=ROWS)
     assert found.to_json() == json.loads(json.dumps(found.to_json()))
     assert describe(found, name, bars=True)
     assert found.parameters.total > 1e6 and found.disk_bytes > 0
@@ -382,6 +383,12 @@ def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
         ([], 0, 1, "0 GPUs"),
         ([], 1, 0, "1 GPUs in each of 0 nodes"),
         (["engine=single"], 2, 1, "engine.name=single uses one GPU of 2"),
+        (
+            ["recipe=gad", "rollout.engine=vllm", "rollout.tensor_parallel=4"],
+            2,
+            1,
+            "tensor_parallel is 4, with 2",
+        ),
         (["global_batch_size=6", "micro_batch_size=2"], 4, 1, "not divisible"),
     ],
 )
