@@ -20,6 +20,8 @@ NCCL_BYTES = GIB // 2
 """Buffers of the collectives, when there are several ranks."""
 FRAGMENTATION = 0.04
 """Of the estimate: what the allocator holds and cannot give."""
+SLEEPING_BYTES = 3 * GIB // 2
+"""What a vLLM server keeps on a GPU that it shares while it sleeps: a context of its own."""
 CPU_BYTES = GIB // 2
 """Python and its libraries, of each process on a CPU."""
 RESTING = ("weights", "optimizer")
@@ -99,6 +101,7 @@ def judge(
     server = round(config.rollout.memory_share * gpu.memory_bytes)
     answering = resting_bytes(memory) + fixed + server
     too_small = "" if cache_bytes(config, model, gpu, half) > 0 else _no_room(config, model, gpu, half)
+    training, allowance = training + SLEEPING_BYTES, allowance + SLEEPING_BYTES
     return Headroom(memory, correction, allowance, training, answering, server, gpu.memory_bytes, too_small)
 
 

@@ -54,7 +54,7 @@ class Measurement:
     peak_bytes: int
     """Highest of any rank; above the process's baseline on a CPU."""
     planned_bytes: int
-    """What the plan said."""
+    """What the plan said: `MemoryEstimate.total`, without any allowance."""
     gemm_flops: float
     """Measured FLOP/s of a matrix product on this device; 0 if not measured."""
 

@@ -220,6 +220,8 @@ def test_a_vllm_server_shares_the_gpu() -> None:
     )
     share = next(item.change for item in found.advice if item.change.startswith("rollout.memory_share="))
     assert on("gad_7b", "H100", 8, share, rows=ROWS).fits
+    assert head.training_bytes == found.memory.total + head.allowance_bytes
+    assert head.is_answering and head.peak_bytes == head.answering_bytes
     elsewhere = on("gad_7b", "H100", 8, "rollout.url=http://other:8000", rows=ROWS)
     assert elsewhere.fits and elsewhere.headroom.server_bytes == 0
     assert on("gad_7b", "H100", 8, "gad=seqkd", rows=ROWS).headroom.server_bytes == 0
@@ -318,7 +320,9 @@ def test_every_preset_has_a_plan(name: str, gpu: str) -> None:
     config = load(name)
     found = plan(config, gpu, config.rollout.tensor_parallel if gpu == "H100" else 1, rows=ROWS)
     assert found.to_json() == json.loads(json.dumps(found.to_json()))
-    assert describe(found, name, bars=True)
+    text, drawn = describe(found, name), describe(found, name, bars=True)
+    assert "█" not in text and drawn.count("█") >= 1
+    assert all(len(line) < 240 for line in drawn.splitlines())
     assert found.parameters.total > 1e6 and found.disk_bytes > 0
     if gpu == "H100":
         assert found.hours is not None and math.isfinite(found.hours) and found.dollars is not None
