@@ -20,7 +20,7 @@ from trainway.planning.published import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/plan.md").read_text()
-PRESETS = [name for name in preset_names() if name != "quickstart_tune"]
+PRESETS = preset_names()
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,8 @@ from trainway.planning.shapes import FAMILIES, ModelShape, read_shape
 
 CONFIG = "config.json"
 TIMEOUT_S = 10.0
+MADE_BY = {"quickstart-out/model": "quickstart"}
+"""Directories that a preset starts from, and the preset that makes them."""
 
 
 def find_shape(config: RunConfig, vocab_size: int | None = None) -> ModelShape:
@@ -37,6 +39,10 @@ def find_shape(config: RunConfig, vocab_size: int | None = None) -> ModelShape:
             "set model.vocab_size to the number of its tokens",
         )
     folder = Path(path).expanduser()
+    if path in MADE_BY and not folder.exists():
+        from trainway.config.load import load_config
+
+        return find_shape(load_config(MADE_BY[path], environ={}).config)
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
             raise DataError(

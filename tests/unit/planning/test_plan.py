@@ -314,7 +314,7 @@ def test_a_measured_cpu_has_hours(home: Path) -> None:
 # ---- every preset, every model
 
 
-@pytest.mark.parametrize("name", [name for name in preset_names() if name != "quickstart_tune"])
+@pytest.mark.parametrize("name", preset_names())
 @pytest.mark.parametrize("gpu", ["H100", "cpu"])
 def test_every_preset_has_a_plan(name: str, gpu: str) -> None:
     config = load(name)
