@@ -14,6 +14,7 @@ import time
 VERBS = {
     ("--help",): "typer",
     ("config", "check", "m3_medium"): "typer, pydantic, yaml",
+    ("plan", "gad_14b", "--gpu", "H200", "--num-gpus", "8", "--num-nodes", "2"): "typer, pydantic, yaml",
     ("compare", "--help"): "typer",
 }
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from trainway.config.load import load_config
     from trainway.data.prepare import prepare
     from trainway.launch.local import train_here as train
-    from trainway.planning.geometry import describe_plan as plan
+    from trainway.planning.plan import plan
     from trainway.recipes.evaluation import evaluate
     from trainway.release.bundle import export
 
@@ -20,7 +20,7 @@ __all__ = ["__version__", "evaluate", "export", "load_config", "plan", "prepare"
 # Resolved on first use: `import trainway` must not cost a script that only plans the import of torch.
 _HOMES = {
     "load_config": ("trainway.config.load", "load_config"),
-    "plan": ("trainway.planning.geometry", "describe_plan"),
+    "plan": ("trainway.planning.plan", "plan"),
     "prepare": ("trainway.data.prepare", "prepare"),
     "train": ("trainway.launch.local", "train_here"),
     "evaluate": ("trainway.recipes.evaluation", "evaluate"),

@@ -40,6 +40,11 @@ def emit_table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> None:
     emit("\n".join(line.rstrip() for line in lines))
 
 
+def is_terminal() -> bool:
+    """True when a person reads standard output."""
+    return sys.stdout.isatty()
+
+
 def is_main_rank() -> bool:
     """True in the process that speaks for a run: rank 0, or the only one."""
     return os.environ.get("RANK", "0") == "0"

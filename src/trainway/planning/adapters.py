@@ -64,6 +64,8 @@ def _names_module(module: str, lora: LoraConfig, shape: ModelShape) -> bool:
 
 
 def _is_saved(weight: Weight, lora: LoraConfig) -> bool:
+    if not lora.modules_to_save:
+        return False
     parts = weight.name.split(".")
     owners = [".".join(parts[:end]) for end in range(1, len(parts))]
     return any(_ends_with(owner, wanted) for wanted in lora.modules_to_save for owner in owners)

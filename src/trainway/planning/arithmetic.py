@@ -1,4 +1,4 @@
-"""The arithmetic of a model: its parameters, its FLOPs, its bytes of memory, and the peaks of common GPUs (no torch)."""
+"""The arithmetic of a model: its parameters, its FLOPs, its bytes of memory, and a device's peak (no torch)."""
 
 from __future__ import annotations
 
@@ -7,18 +7,8 @@ from typing import Literal
 
 from trainway.config.schema import LoraConfig, ModelConfig
 from trainway.planning.adapters import count_adapters
+from trainway.planning.gpus import gpu_of_device
 from trainway.planning.shapes import ModelShape, Weight, new_shape
-
-PEAK_FLOPS: dict[str, float] = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
-"""Dense bf16 FLOP/s by a part of the device's name; the more specific name stands first."""
 
 FP32 = 4
 """Bytes of one fp32 number."""
@@ -125,9 +115,9 @@ def flops_per_token(
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak of the device in FLOP/s, or None when it is not in `PEAK_FLOPS`."""
-    name = device_name.lower()
-    return next((peak for part, peak in PEAK_FLOPS.items() if part.lower() in name), None)
+    """Dense bf16 peak of the device in FLOP/s, or None when it is not in the catalogue of `planning.gpus`."""
+    gpu = gpu_of_device(device_name)
+    return gpu.bf16_flops or None if gpu else None
 
 
 def memory_bytes(

@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from trainway.config.schema import ModelConfig
 from trainway.errors import DataError
 from trainway.models.load import build_model
+from trainway.planning.published import PUBLISHED
 from trainway.planning.shapes import FAMILIES, new_shape, read_shape, shape_in
 
 SMALL: dict[str, Any] = {
@@ -84,6 +85,53 @@ def test_weights_are_those_of_the_model(name: str, changes: dict[str, Any]) -> N
     }
     own = {w.name for w in shape.weights() if w.kind == "linear"}
     assert own == linear - ({"lm_head.weight"} if shape.tie_embeddings else set())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_the_weights_that_transformers_builds(name: str) -> None:
+    """Full size, without memory: of every published model by name and shape, so the count is exact."""
+    config = dict(PUBLISHED[name])
+    shape = read_shape(config)
+    assert shape is not None
+    ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config.pop("model_type")](**config, **ids))
+    assert {w.name: w.shape for w in shape.weights()} == {
+        key: tuple(parameter.shape) for key, parameter in model.named_parameters()
+    }
+
+
+def test_published_models_have_the_sizes_that_their_pages_give() -> None:
+    """Parameters as the Hub counts them in the files."""
+    counts = {
+        "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+        "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+        "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
+        "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+        "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+        "Qwen/Qwen2.5-72B-Instruct": 72_706_203_648,
+        "Qwen/Qwen3-8B": 8_190_735_360,
+        "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+        "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
+        "mistralai/Mixtral-8x7B-Instruct-v0.1": 46_702_792_704,
+        "google/gemma-2-9b-it": 9_241_705_984,
+        "google/gemma-3-1b-it": 999_885_952,
+        "microsoft/phi-4": 14_659_507_200,
+        "allenai/OLMo-2-1124-7B-Instruct": 7_298_617_344,
+        "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+        "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+        "bigcode/starcoder2-7b": 7_173_923_840,
+        "openai-community/gpt2": 124_439_808,
+    }
+    for name, count in counts.items():
+        shape = read_shape(PUBLISHED[name])
+        assert shape is not None
+        assert sum(weight.size for weight in shape.weights()) == count, name
+    assert len(PUBLISHED) >= 40
+    assert {entry["model_type"] for entry in PUBLISHED.values()} >= {
+        "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma2", "gemma3_text", "phi3", "olmo2",
+        "smollm3", "granite", "glm4", "starcoder2", "gpt2", "gpt_oss",
+    }  # fmt: skip
 
 
 def test_a_small_file_means_its_familys_defaults() -> None:
