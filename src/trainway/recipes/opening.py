@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 from trainway.checkpoint.lock import run_lock
 from trainway.config.schema import RunConfig
@@ -21,6 +22,7 @@ from trainway.training.runs import Resume, choose_run_dir, run_status
 from trainway.training.session import RunResult, Session, begin_session, finished_before
 from trainway.training.shutdown import StopSignal
 
+Result = TypeVar("Result")
 Prepare = Callable[[RunConfig, BaseModel | None, Progress | None], PreparedData]
 """Make or find the token store, before the process group exists: it may take longer than a collective may wait."""
 
@@ -28,12 +30,12 @@ Prepare = Callable[[RunConfig, BaseModel | None, Progress | None], PreparedData]
 def run_recipe(
     config: RunConfig,
     prepare: Prepare,
-    train: Callable[[Session, StopSignal], RunResult],
+    train: Callable[[Session, StopSignal], Result],
     *,
     resume: Resume = "auto",
     allow_changes: bool = False,
     progress: Progress | None = None,
-) -> RunResult:
+) -> Result | RunResult:
     """Open a run, or one that was stopped or killed again, and `train` in it.
 
     Args:

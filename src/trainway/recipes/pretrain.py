@@ -17,7 +17,7 @@ from trainway.training.session import RunResult, Session
 
 def pretrain(config: RunConfig, **how: Any) -> RunResult:
     """Train a model from scratch, or `model.path` further, on documents; see `train_supervised` for the arguments."""
-    return train_supervised(config, Recipe(_prepare, _prompts), **how)
+    return train_supervised(config, PRETRAINING, **how)
 
 
 def _prepare(config: RunConfig, base: BaseModel | None, progress: Progress | None) -> PreparedData:
@@ -37,3 +37,6 @@ def _openings(session: Session, num_tokens: int = 16) -> Iterator[str]:
     for start, end in zip(starts, [*starts[1:], split.num_tokens], strict=True):
         tokens = split.tokens(start, min(start + num_tokens, end))
         yield session.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+
+
+PRETRAINING = Recipe(_prepare, _prompts)

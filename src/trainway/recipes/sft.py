@@ -15,7 +15,7 @@ from trainway.training.session import RunResult, Session
 
 def sft(config: RunConfig, **how: Any) -> RunResult:
     """Tune `model.path` on conversations, whole or by adapters; see `train_supervised` for the arguments."""
-    return train_supervised(config, Recipe(_prepare, _prompts), **how)
+    return train_supervised(config, FINE_TUNING, **how)
 
 
 def _prepare(config: RunConfig, base: BaseModel | None, progress: Progress | None) -> PreparedData:
@@ -29,3 +29,6 @@ def _prompts(session: Session) -> list[Prompt]:
     if config.prompts:
         return [chat_prompt(session.tokenizer, text) for text in config.prompts]
     return answered_prompts(session.store.split("val"), session.tokenizer, config.num_samples)
+
+
+FINE_TUNING = Recipe(_prepare, _prompts)
