@@ -46,10 +46,10 @@ def bench_gad(session: Session, stop: StopSignal, critic: BaseModel | None, aske
     with ExitStack() as stack:
         opened = open_training(_with_prompts(session, min(prompts, at_once)), stop, critic, stack)
         read_warmup(opened)
+        ready = time.time()
         stages = opened.work.stages
         share = replace(asked, steps=-(-asked.steps // len(stages)))
         peaks = Peaks(world, DTYPES[opened.built.precision])
-        ready = time.time()
         courses = [Course(share, world, mark, Stopwatch(world.device)) for _ in stages]
         parts = [
             _bench_stage(session, opened, stage, course, peaks)

@@ -141,11 +141,15 @@ def _part_lines(part: Part, *, several: bool) -> list[str]:
 
 
 def _memory_line(memory: Memory) -> str:
-    planned = "" if memory.planned_bytes is None else f"; the plan: {memory.planned_bytes / GIB:.2f} GiB"
+    planned = "" if memory.planned_bytes is None else f"; the plan: {_size(memory.planned_bytes)}"
     ranks = ""
     if len(memory.ranks) > 1:
-        ranks = f" (ranks {', '.join(f'{size / GIB:.2f}' for size in memory.ranks)})"
-    return f"{'memory':<14}peak {memory.peak_bytes / GIB:.2f} GiB a rank{ranks}{planned}"
+        ranks = f" (ranks {', '.join(map(_size, memory.ranks))})"
+    return f"{'memory':<14}peak {_size(memory.peak_bytes)} a rank{ranks}{planned}"
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB // 10 else f"{count / 2**20:.1f} MiB"
 
 
 def _forecast_lines(forecast: Forecast) -> list[str]:

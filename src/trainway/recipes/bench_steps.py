@@ -26,10 +26,12 @@ from trainway.recipes.bench_result import Part, Spread
 from trainway.recipes.model import RunModel
 from trainway.training.saving import Saver
 from trainway.training.speed import WARM_UP, MemoryMark, SpeedMeter, gemm_flops, peak_flops
-from trainway.training.stopwatch import StepTime, Stopwatch
+from trainway.training.stopwatch import OTHER, StepTime, Stopwatch
 from trainway.training.traffic import Traffic, measure_traffic, start_profile
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PHASES = ("data", "rollout", "forward", "backward", "optimizer", OTHER)
+"""In the order of a step."""
 PROFILED_STEPS = 2
 MEASURED_SAVE_BYTES = 8 << 30
 """A checkpoint that is larger is not written to learn how long it takes."""
@@ -229,7 +231,7 @@ def make_part(
     """The figures of a part. `tokens`: of each step from the first one, over all ranks."""
     world, times, first = course.world, course.timed(), course.bench.warm_up
     seconds = [step.seconds for step in times]
-    names = dict.fromkeys(phase for step in times for phase in step.phases)
+    names = [name for name in PHASES if any(name in step.phases for step in times)]
     per_step = mean(tokens[first:][: len(times)])
     (learnt,) = world.sum(mean(course.targets[first:][: len(times)]))
     speed = per_step / mean(seconds)

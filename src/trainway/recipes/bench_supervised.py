@@ -45,6 +45,7 @@ def bench_supervised(session: Session, recipe: Recipe, stop: StopSignal, asked: 
     mark = MemoryMark.now(world.device, forget_peak=True)
     with ExitStack() as stack:
         opened = open_training(session, recipe, stop, stack)
+        ready = time.time()
         built, work = opened.built, opened.work
         peaks = Peaks(world, DTYPES[built.precision])
         course = Course(asked, world, mark, Stopwatch(world.device))
@@ -57,7 +58,6 @@ def bench_supervised(session: Session, recipe: Recipe, stop: StopSignal, asked: 
             meter=meter,
             saver=NoSaver.like(work.saver),
         )
-        ready = time.time()
         fit(timed, opened.state)
         part = make_part("train", session.total_steps, course, meter.tokens, built.flops_per_token, peaks)
         evaluation_s, basis = _evaluation(session, recipe, opened, asked)
