@@ -1,7 +1,6 @@
 """What `trainway bench` forecasts against what the run then takes: bench, run, bench, on the same machine.
 
 python benchmarks/forecast.py [--clock wall|cpu] [--case pretrain|lora|all] [--rounds 1] [--steps 200] [--bench-steps 20]
-                              [--nproc 1]
 
 Every arm is a process of its own. A run trains, evaluates, samples and saves as its configuration says. Two figures are
 compared: the training alone, from the first evaluation until the run says that it is done, and the whole command, start and
@@ -45,7 +44,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--bench-steps", type=int, default=20)
-    parser.add_argument("--nproc", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         for case in CASES if options.case == "all" else (options.case,):
@@ -84,7 +82,7 @@ def compare(case: str, config: Path, options: argparse.Namespace) -> None:
 
 
 def bench(config: Path, options: argparse.Namespace) -> dict[str, Any]:
-    words = ["--steps", str(options.bench_steps), "--nproc", str(options.nproc), "--json", "--no-record"]
+    words = ["--steps", str(options.bench_steps), "--nproc", "1", "--json", "--no-record"]
     done = arm(options.clock, "bench", config, *words)
     forecast: dict[str, Any] = json.loads(done.stdout)["forecast"]
     return forecast
@@ -95,7 +93,7 @@ def train(config: Path, options: argparse.Namespace) -> dict[str, float]:
     run_dir = Path(json.loads(config.read_text())["run_dir"])
     shutil.rmtree(run_dir, ignore_errors=True)
     began = time.perf_counter()
-    done = arm(options.clock, "train", config, "--nproc", str(options.nproc))
+    done = arm(options.clock, "train", config, "--nproc", "1")
     seconds = time.perf_counter() - began
     marks = {
         line.split()[1]: float(line.split()[2]) for line in done.stderr.splitlines() if line.startswith(MARK)
