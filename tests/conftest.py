@@ -21,6 +21,14 @@ from trainway.data.turns import turn
 WORDS = "the a def class return import self value name data list of to in is not and for with from".split()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where measurements are kept: those of tests say nothing of this machine."""
+    path = shared(tmp_path_factory, "home")
+    os.environ["TRAINWAY_HOME"] = str(path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """400 documents of very different lengths, so that ranks get uneven numbers of targets."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainway.config.load import load_config
     from trainway.data.prepare import prepare
+    from trainway.launch.bench import bench_here as bench
     from trainway.launch.local import train_here as train
     from trainway.planning.plan import plan
     from trainway.recipes.evaluation import evaluate
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "evaluate", "export", "load_config", "plan", "prepare", "train"]
+__all__ = ["__version__", "bench", "evaluate", "export", "load_config", "plan", "prepare", "train"]
 
 # Resolved on first use: `import trainway` must not cost a script that only plans the import of torch.
 _HOMES = {
@@ -23,6 +24,7 @@ _HOMES = {
     "plan": ("trainway.planning.plan", "plan"),
     "prepare": ("trainway.data.prepare", "prepare"),
     "train": ("trainway.launch.local", "train_here"),
+    "bench": ("trainway.launch.bench", "bench_here"),
     "evaluate": ("trainway.recipes.evaluation", "evaluate"),
     "export": ("trainway.release.bundle", "export"),
 }

@@ -65,6 +65,14 @@ class ConversationRows:
             return None
         return self._longest_first(streams, places)
 
+    def longest(self, count: int) -> tuple[list[int], np.ndarray]:
+        """Streams and places of the longest rows; see `loader.RowSource`."""
+        lengths = [stream.row_lengths() for stream in self._streams]
+        rows = np.concatenate([np.arange(len(own), dtype=np.int64) for own in lengths])
+        streams = np.repeat(np.arange(len(lengths)), [len(own) for own in lengths])
+        order = np.resize(np.argsort(-np.concatenate(lengths), kind="stable"), count)
+        return streams[order].tolist(), rows[order]
+
     def batch(self, streams: Sequence[int], places: np.ndarray) -> Batch:
         """The rows at `places` of `streams`, packed or padded."""
         splits = [self._streams[index].split for index in streams]
@@ -181,6 +189,13 @@ class _Documents:
             return self._starts[row : row + 1], self._lengths[row : row + 1]
         documents = np.sort(self._deal(epoch)[self._packed.row(row)])
         return self._starts[documents], self._lengths[documents]
+
+    def row_lengths(self) -> np.ndarray:
+        """Tokens of each row: the same in every epoch."""
+        if self._packed is None:
+            return self._lengths
+        lengths = self._lengths[self._deal(0)[self._packed.slots]]
+        return np.add.reduceat(lengths, self._packed.row_starts[:-1])
 
     def _deal(self, epoch: int) -> np.ndarray:
         """The document that each slot of the packed rows has in an epoch."""

@@ -22,7 +22,16 @@ from trainway.data.store import TokenSplit
 from trainway.data.windows import WindowRows, window_validation
 from trainway.errors import ConfigError
 
-__all__ = ["IGNORE_INDEX", "Batch", "Loader", "Packing", "RowSource", "StepBatch", "validation_batches"]
+__all__ = [
+    "IGNORE_INDEX",
+    "Batch",
+    "Loader",
+    "Packing",
+    "RowSource",
+    "StepBatch",
+    "StepSource",
+    "validation_batches",
+]
 
 
 @dataclass(frozen=True)
@@ -36,11 +45,21 @@ class StepBatch:
     sample_hash: str  # xxh3_64 of the step's global sample ids: the same on every rank and world size
 
 
+class StepSource(Protocol):
+    """Where a loop takes its batches from."""
+
+    def steps(self, start: int, stop: int, prefetch: int) -> Generator[StepBatch, None, None]:
+        """The batches of the steps [start, stop), up to `prefetch` of them made ahead."""
+
+
 class RowSource(Placing, Protocol):
     """The rows of one or more streams: where each lies, and the batch of some of them."""
 
     def arrange(self, streams: Sequence[int], places: np.ndarray) -> np.ndarray | None:
         """The order in which a step's rows are dealt to micro-batches and ranks; None: as they come."""
+
+    def longest(self, count: int) -> tuple[list[int], np.ndarray]:
+        """Streams and places of the `count` rows of most tokens, longest first; all anew where there are fewer."""
 
     def batch(self, streams: Sequence[int], places: np.ndarray) -> Batch:
         """The micro-batch of the rows at `places`, row i of the stream streams[i]."""
@@ -99,6 +118,15 @@ class Loader:
         order = self._source.arrange(streams, places)
         if order is not None:
             streams, places = [streams[index] for index in order.tolist()], places[order]
+        return self._dealt(step, streams, places, rows.sample_hash)
+
+    def longest(self, step: int) -> StepBatch:
+        """A batch for `step` of the longest rows that there are: what takes most memory, whenever it comes."""
+        streams, places = self._source.longest(self._rows_per_step)
+        return self._dealt(step, streams, places, "")
+
+    def _dealt(self, step: int, streams: Sequence[int], places: np.ndarray, sample_hash: str) -> StepBatch:
+        """This rank's share of a step's rows: a micro-batch to each rank in turn."""
         stride = self._micro_rows * self._world_size
         offset = self._rank * self._micro_rows
         batches = []
@@ -109,7 +137,7 @@ class Loader:
             sum(batch.num_targets for batch in batches),
             sum(batch.num_tokens for batch in batches),
         )
-        return StepBatch(step, tuple(batches), targets, tokens, rows.sample_hash)
+        return StepBatch(step, tuple(batches), targets, tokens, sample_hash)
 
     def steps(self, start: int, stop: int, prefetch: int) -> Generator[StepBatch, None, None]:
         """The batches of the steps [start, stop); a thread holds up to `prefetch` of them ready.

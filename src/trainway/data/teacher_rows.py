@@ -6,7 +6,7 @@ A row of the store is p + t, the mask naming t; `teacher.py` says what each hold
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -39,6 +39,13 @@ class TeacherBatch(NamedTuple):
     """xxh3_64 of the rows' ids: the same on every rank and world size."""
 
 
+class TeacherSource(Protocol):
+    """Where the loop takes a stage's rows from."""
+
+    def step(self, step: int) -> TeacherBatch:
+        """The rows of `step`, counted from 1."""
+
+
 class TeacherLoader:
     """The rows of each step, the same on every rank.
 
@@ -61,6 +68,7 @@ class TeacherLoader:
         self._documents = _documents(streams, seed=seed, shuffle=shuffle, mixed=mix is not None)
         self._order = RowOrder(self._documents, rows_per_step=prompts_per_step, seed=seed, mix=mix)
         self._end_token = end_token
+        self._rows_per_step = prompts_per_step
         self.rows_per_epoch = self._order.rows_per_epoch
 
     @property
@@ -76,6 +84,15 @@ class TeacherLoader:
             _row(self._documents, stream, place, sample, self._end_token) for sample, stream, place in places
         )
         return TeacherBatch(step, rows, order.sample_hash)
+
+    def longest(self, step: int) -> TeacherBatch:
+        """The longest rows that there are, prompt and answer together, for `step`; their ids are their places."""
+        streams, places = self._documents.longest(self._rows_per_step)
+        rows = tuple(
+            _row(self._documents, stream, place, place, self._end_token)
+            for stream, place in zip(streams, places.tolist(), strict=True)
+        )
+        return TeacherBatch(step, rows, "")
 
 
 def validation_rows(split: TokenSplit, count: int, *, end_token: int) -> list[TeacherRow]:

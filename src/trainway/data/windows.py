@@ -72,6 +72,10 @@ class WindowRows:
         """All rows are equally long: they are dealt in the order in which they come."""
         return None
 
+    def longest(self, count: int) -> tuple[list[int], np.ndarray]:
+        """All rows are equally long: the first ones of the first stream."""
+        return [0] * count, np.arange(count, dtype=np.int64) % self.rows_per_epoch[0] * self._seq_len
+
     def batch(self, streams: Sequence[int], places: np.ndarray) -> Batch:
         """The rows that begin at `places` of `streams`."""
         splits = [self._streams[index] for index in streams]

@@ -14,7 +14,7 @@ import torch
 from trainway.checkpoint.state import TrainState
 from trainway.checkpoint.store import CheckpointStore
 from trainway.config.schema import RunConfig
-from trainway.data.teacher_rows import TeacherLoader, TeacherRow
+from trainway.data.teacher_rows import TeacherRow, TeacherSource
 from trainway.engines.base import Learner
 from trainway.errors import Stopped
 from trainway.gad.guards import GadGuard
@@ -59,7 +59,7 @@ class Work:
     stages: tuple[Stage, ...]
     players: Players
     sampling: Sampling
-    loaders: Mapping[str, TeacherLoader]
+    loaders: Mapping[str, TeacherSource]
     """By stage: each begins its epochs anew, as a run of its own would."""
     meter: SpeedMeter
     trackers: Trackers

@@ -61,21 +61,33 @@ def start_training(
         EnvironmentFault: a library is missing, or a rank was killed, most likely because memory ran out.
     """
     config = load_config(source, overrides).config
-    if not under_launcher():
-        check_requirements(config)
-        count = process_count(config.engine)
-        chosen = gpu_environment(config.engine)
-        meeting = plan_meeting(torchrun_args, count, config.engine)
-        if count > 1 or meeting.nodes > 1 or torchrun_args:
-            start_logging(config.log.level, is_main=True)
-            again = ["train", str(source), *overrides, "--resume", str(resume)]
-            again += ["--allow-changes"] * allow_changes
-            code = run_processes(count, again, torchrun_args, meeting, chosen)
-            if code == KILLED:
-                raise killed_fault(config, count * meeting.nodes)
-            return code
-    train_here(config, resume=resume, allow_changes=allow_changes, progress=progress)
-    return 0
+    again = ["train", str(source), *overrides, "--resume", str(resume)]
+    code = spread(config, again + ["--allow-changes"] * allow_changes, torchrun_args)
+    if code is None:
+        train_here(config, resume=resume, allow_changes=allow_changes, progress=progress)
+    return code or 0
+
+
+def spread(config: RunConfig, arguments: Sequence[str], torchrun_args: Sequence[str]) -> int | None:
+    """Run `trainway <arguments>` in the processes that `config` asks for, and return the exit code; None when this
+    process is all of them, or one of them.
+
+    Raises:
+        EnvironmentFault: a library is missing, or a rank was killed, most likely because memory ran out.
+    """
+    if under_launcher():
+        return None
+    check_requirements(config)
+    count = process_count(config.engine)
+    chosen = gpu_environment(config.engine)
+    meeting = plan_meeting(torchrun_args, count, config.engine)
+    if count == 1 and meeting.nodes == 1 and not torchrun_args:
+        return None
+    start_logging(config.log.level, is_main=True)
+    code = run_processes(count, arguments, torchrun_args, meeting, chosen)
+    if code == KILLED:
+        raise killed_fault(config, count * meeting.nodes)
+    return code
 
 
 def train_here(
@@ -86,11 +98,7 @@ def train_here(
     progress: PrepareProgress | None = None,
 ) -> RunResult:
     """Train in this process, which is the whole run or one rank of it."""
-    if config.engine.gpus:
-        os.environ.update(gpu_environment(config.engine))  # before torch looks for devices
-    if spans_nodes() and PARENT not in os.environ:  # our own launching command has seen to it
-        start_logging(config.log.level, is_main=os.environ["RANK"] == "0")
-        os.environ.update(_shown(communication_environment()))
+    settle_environment(config)
     match config.recipe:
         case "pretrain":
             from trainway.recipes.pretrain import pretrain
@@ -104,6 +112,15 @@ def train_here(
             from trainway.recipes.gad import gad
 
             return gad(config, resume=resume, allow_changes=allow_changes, progress=progress)
+
+
+def settle_environment(config: RunConfig) -> None:
+    """Set what torch and its libraries read when they begin: the GPUs to use, and how machines talk to each other."""
+    if config.engine.gpus:
+        os.environ.update(gpu_environment(config.engine))  # before torch looks for devices
+    if spans_nodes() and PARENT not in os.environ:  # our own launching command has seen to it
+        start_logging(config.log.level, is_main=os.environ["RANK"] == "0")
+        os.environ.update(_shown(communication_environment()))
 
 
 def under_launcher(environ: Mapping[str, str] = os.environ) -> bool:

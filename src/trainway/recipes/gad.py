@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from trainway.models.discriminator import DiscriminatorLoss, scoring_tokenizer
 from trainway.models.lora import check_gradients
 from trainway.models.published import publish_names
 from trainway.planning.gad import Stage, describe_stages, gad_stages, stage_seed
+from trainway.recipes.measuring import record_run
 from trainway.recipes.model import RunModel, build_run_discriminator, build_run_model
 from trainway.recipes.opening import run_recipe
 from trainway.release.bundle import publish
@@ -47,24 +49,55 @@ from trainway.training.session import (
 )
 from trainway.training.shutdown import StopSignal
 from trainway.training.sources import describe_sources
-from trainway.training.speed import SpeedMeter
+from trainway.training.speed import MemoryMark, SpeedMeter
 
 
 def gad(config: RunConfig, **how: Any) -> RunResult:
     """Train `model.path` on a teacher's answers, through the stages of gad.stage; see `run_recipe` for the arguments."""
-    critic = _find_discriminator(config)
+    critic = find_discriminator(config)
     return run_recipe(config, lambda session, stop: _train(session, stop, critic), **how)
 
 
-def _find_discriminator(config: RunConfig) -> BaseModel | None:
+def find_discriminator(config: RunConfig) -> BaseModel | None:
     """The model that gad.discriminator names; None where the discriminator begins as the student."""
     if config.gad.discriminator is None or config.gad.stage in ("seqkd", "adversarial"):
         return None
     return find_base(config.gad.discriminator, cache=Path(config.data.store_dir), needs_tokenizer=False)
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A run before its first step."""
+
+    work: Work
+    state: TrainState
+    """Where it goes on; step 0 for a new one."""
+    learners: dict[str, Learner]
+    resumed: bool
+    warmup: Warmup | None
+    """The checkpoint that a new run begins with, if it does."""
+    built: RunModel
+    """The student."""
+    mark: MemoryMark
+    """The memory of this process before the models."""
+
+
 def _train(session: Session, stop: StopSignal, critic: BaseModel | None) -> RunResult:
+    with ExitStack() as stack:
+        opened = open_training(session, stop, critic, stack)
+        work, state = opened.work, opened.state
+        with recorded_end(session):
+            if not opened.resumed:
+                state = _begin(opened)
+            state = fit(work, state)
+    record_run(session, opened.built, work.meter, opened.mark)
+    return finish(session, state, work.saver.stalled_s, opened.built.census)
+
+
+def open_training(session: Session, stop: StopSignal, critic: BaseModel | None, stack: ExitStack) -> Opened:
+    """Build the models, load what the run goes on from, and all that the loop works with; `stack` closes it."""
     config, world, run = session.config, session.world, session.run
+    mark = MemoryMark.now(world.device)
     resumed = world.from_main(bool(session.checkpoints.steps()) if world.is_main else None)
     warmup = None if resumed else _find_warmup(session)
     stages = gad_stages(config, session.prepared.rows_per_epoch(config.train.seq_len))
@@ -72,83 +105,85 @@ def _train(session: Session, stop: StopSignal, critic: BaseModel | None) -> RunR
     session.checkpoints.pinned = {stage.before for stage in stages if stage.name == "adversarial"}
     ends = end_tokens(session.tokenizer, own_template(session.tokenizer))
     judged = scoring_tokenizer(session.tokenizer, ends)
-    with ExitStack() as stack:
-        student, built = _student(session, stages[0])
-        learners: dict[str, Learner] = {STUDENT: student}
-        if config.gad.stage != "seqkd":
-            learners[DISCRIMINATOR_DIR] = _discriminator(session, critic, judged.pad_token_id)
-        state = starting_state(session, learners)
-        trackers = stack.enter_context(open_records(session, state, resumed=resumed))
-        _describe(session, stages)
-        sampling = Sampling(
-            config.data.max_response_tokens,
-            config.rollout.temperature,
-            config.rollout.top_p,
-            ends,
+    student, built = _student(session, stages[0])
+    learners: dict[str, Learner] = {STUDENT: student}
+    if config.gad.stage != "seqkd":
+        learners[DISCRIMINATOR_DIR] = _discriminator(session, critic, judged.pad_token_id)
+    state = starting_state(session, learners)
+    trackers = stack.enter_context(open_records(session, state, resumed=resumed))
+    _describe(session, stages)
+    sampling = Sampling(
+        config.data.max_response_tokens,
+        config.rollout.temperature,
+        config.rollout.top_p,
+        ends,
+    )
+    precision = choose_precision(config.train.precision, world.device)
+    engine = _rollouts(session, student, precision)
+    stack.callback(engine.close)
+    players = Players(
+        gad=config.gad,
+        rollout=config.rollout,
+        world=world,
+        student=student,
+        discriminator=learners.get(DISCRIMINATOR_DIR),
+        engine=engine,
+        # DeepSpeed's model is of the type that it computes in
+        precision="fp32" if engine_name(config, world) in ("zero2", "zero3") else precision,
+        pad_id=session.store.streams()[0].pad_id,
+        packed=config.data.packing == "documents",
+    )
+    held_out = validation_rows(session.store.split("val"), config.eval.num_prompts, end_token=ends[0])
+
+    def check(step: int, stage: Stage) -> dict[str, float]:
+        figures, samples = validate(
+            players, session.tokenizer, held_out, sampling, step, config.eval.num_samples
         )
-        precision = choose_precision(config.train.precision, world.device)
-        engine = _rollouts(session, student, precision)
-        stack.callback(engine.close)
-        players = Players(
-            gad=config.gad,
-            rollout=config.rollout,
-            world=world,
-            student=student,
-            discriminator=learners.get(DISCRIMINATOR_DIR),
-            engine=engine,
-            # DeepSpeed's model is of the type that it computes in
-            precision="fp32" if engine_name(config, world) in ("zero2", "zero3") else precision,
-            pad_id=session.store.streams()[0].pad_id,
-            packed=config.data.packing == "documents",
-        )
-        held_out = validation_rows(session.store.split("val"), config.eval.num_prompts, end_token=ends[0])
+        trackers.log(step, {"gad/stage": stage.name, **figures})
+        if world.is_main:
+            write_samples(run.samples, samples)
+        log_stage("EVAL", f"step {step}: {_summary(figures)}")
+        return figures
 
-        def check(step: int, stage: Stage) -> dict[str, float]:
-            figures, samples = validate(
-                players, session.tokenizer, held_out, sampling, step, config.eval.num_samples
-            )
-            trackers.log(step, {"gad/stage": stage.name, **figures})
-            if world.is_main:
-                write_samples(run.samples, samples)
-            log_stage("EVAL", f"step {step}: {_summary(figures)}")
-            return figures
+    def check_first_step(learner: Learner) -> None:
+        if config.lora.enabled:
+            check_gradients(learner.model, learner.snapshot(), world.sum)
 
-        def check_first_step(learner: Learner) -> None:
-            if config.lora.enabled:
-                check_gradients(learner.model, learner.snapshot(), world.sum)
-
-        work = Work(
-            config=config,
-            stages=stages,
-            players=players,
-            sampling=sampling,
-            loaders={stage.name: _loader(session, stage, ends) for stage in stages},
-            meter=SpeedMeter(0.0, 0.0, world.device),
-            trackers=trackers,
-            stop=stop,
-            validate=check,
-            saver=make_saver(session, learners, {DISCRIMINATOR_DIR: judged}),
-            checkpoints=session.checkpoints,
-            check_first_step=check_first_step,
-        )
-        with recorded_end(session):
-            if not resumed:
-                state = _begin(work, state, learners, warmup)
-            state = fit(work, state)
-    return finish(session, state, work.saver.stalled_s, built.census)
+    work = Work(
+        config=config,
+        stages=stages,
+        players=players,
+        sampling=sampling,
+        loaders={stage.name: stage_loader(session, stage) for stage in stages},
+        meter=SpeedMeter(0.0, 0.0, world.device),
+        trackers=trackers,
+        stop=stop,
+        validate=check,
+        saver=make_saver(session, learners, {DISCRIMINATOR_DIR: judged}),
+        checkpoints=session.checkpoints,
+        check_first_step=check_first_step,
+    )
+    return Opened(work, state, learners, resumed, warmup, built, mark)
 
 
-def _begin(work: Work, state: TrainState, learners: dict[str, Learner], warmup: Warmup | None) -> TrainState:
+def _begin(opened: Opened) -> TrainState:
     """Step 0: the warm-up's weights, if it begins there, a look at the student, and the checkpoint it is measured by."""
-    if warmup is not None:
-        for name, learner in learners.items():
-            learner.read(warmup.path / name, weights_only=True)
-        log_stage("STAGE", f"student and discriminator from {warmup.path} (step {warmup.step})")
+    work, state = opened.work, opened.state
+    read_warmup(opened)
     work.validate(0, work.stages[0])
-    if warmup is not None:
+    if opened.warmup is not None:
         work.trackers.sync()
         work.saver.save(state)
     return state
+
+
+def read_warmup(opened: Opened) -> None:
+    """Begin with the weights of the warm-up that the configuration names, if it names one."""
+    if (warmup := opened.warmup) is None:
+        return
+    for name, learner in opened.learners.items():
+        learner.read(warmup.path / name, weights_only=True)
+    log_stage("STAGE", f"student and discriminator from {warmup.path} (step {warmup.step})")
 
 
 def _student(session: Session, first: Stage) -> tuple[Learner, RunModel]:
@@ -263,8 +298,10 @@ def _with_lr(config: RunConfig, lr: float) -> RunConfig:
     return config.model_copy(update={"optim": config.optim.model_copy(update={"lr": lr})})
 
 
-def _loader(session: Session, stage: Stage, ends: tuple[int, ...]) -> TeacherLoader:
+def stage_loader(session: Session, stage: Stage) -> TeacherLoader:
+    """The rows of a stage, in an order of its own."""
     config = session.config
+    ends = end_tokens(session.tokenizer, own_template(session.tokenizer))
     return TeacherLoader(
         session.store.streams(),
         end_token=ends[0],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 from trainway.checkpoint.lock import run_lock
 from trainway.config.schema import RunConfig
@@ -20,15 +22,17 @@ from trainway.training.runs import Resume, choose_run_dir, run_status
 from trainway.training.session import RunResult, Session, begin_session, finished_before
 from trainway.training.shutdown import StopSignal
 
+Result = TypeVar("Result")
+
 
 def run_recipe(
     config: RunConfig,
-    train: Callable[[Session, StopSignal], RunResult],
+    train: Callable[[Session, StopSignal], Result],
     *,
     resume: Resume = "auto",
     allow_changes: bool = False,
     progress: Progress | None = None,
-) -> RunResult:
+) -> Result | RunResult:
     """Open a run, or one that was stopped or killed again, and `train` in it.
 
     Args:
@@ -42,8 +46,10 @@ def run_recipe(
     """
     with ExitStack() as stack:
         base = find_run_base(config, progress)
+        began = time.perf_counter()
         # before the process group exists: it may take longer than a collective may wait
         prepared = prepare(config, progress=progress, tokenizer_dir=base.directory if base else None)
+        preparing_s = 0.0 if prepared.cached else time.perf_counter() - began
         world = stack.enter_context(open_world(config.engine, config.train.num_threads))
         start_logging(config.log.level, is_main=world.is_main)
         run = RunDir(Path(world.from_main(str(choose_run_dir(config, resume).path) if world.is_main else "")))
@@ -51,7 +57,7 @@ def run_recipe(
         stack.enter_context(disk_faults(run.path))
         if run_status(run)["state"] == "done" and resume == "auto":
             return finished_before(config, run, allow_changes)
-        session = begin_session(config, world, run, prepared, base, resume, allow_changes)
+        session = begin_session(config, world, run, prepared, base, resume, allow_changes, preparing_s)
         stop = stack.enter_context(StopSignal())
         stack.enter_context(memory_advice(config, run_shape(session), session.geometry, world))
         return train(session, stop)

@@ -14,10 +14,11 @@ from trainway.training.session import RunResult, Session
 
 def pretrain(config: RunConfig, **how: Any) -> RunResult:
     """Train a model from scratch, or `model.path` further, on documents; see `train_supervised` for the arguments."""
-    return train_supervised(config, _prompts, **how)
+    return train_supervised(config, openings, **how)
 
 
-def _prompts(session: Session) -> list[Prompt]:
+def openings(session: Session) -> list[Prompt]:
+    """The texts of eval.prompts; without any, the beginnings of validation documents."""
     config = session.config.eval
     texts = config.prompts or islice(_openings(session), config.num_samples)
     return [text_prompt(session.tokenizer, text) for text in texts]

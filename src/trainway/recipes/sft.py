@@ -12,10 +12,10 @@ from trainway.training.session import RunResult, Session
 
 def sft(config: RunConfig, **how: Any) -> RunResult:
     """Tune `model.path` on conversations, whole or by adapters; see `train_supervised` for the arguments."""
-    return train_supervised(config, _prompts, **how)
+    return train_supervised(config, questions, **how)
 
 
-def _prompts(session: Session) -> list[Prompt]:
+def questions(session: Session) -> list[Prompt]:
     """The user's, each as a turn to be answered; without any, those of validation rows with the answers there."""
     config = session.config.eval
     if config.prompts:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
+from trainway.checkpoint.state import TrainState
 from trainway.config.schema import RunConfig
 from trainway.data.loader import Batch, Loader, validation_batches
 from trainway.engines import build_learner, choose_precision, engine_name
@@ -15,6 +18,7 @@ from trainway.logs import stage
 from trainway.models.causal_lm import CausalLMLoss
 from trainway.models.lora import check_gradients
 from trainway.planning.geometry import plan_memory
+from trainway.recipes.measuring import record_run
 from trainway.recipes.model import RunModel, build_run_model, run_shape
 from trainway.recipes.opening import run_recipe
 from trainway.training.evaluate import Prompt, continue_prompts, evaluate_batches
@@ -31,7 +35,7 @@ from trainway.training.session import (
 )
 from trainway.training.shutdown import StopSignal
 from trainway.training.sources import describe_sources, source_metrics
-from trainway.training.speed import SpeedMeter, peak_flops
+from trainway.training.speed import MemoryMark, SpeedMeter, peak_flops
 
 Prompts = Callable[[Session], Iterable[Prompt]]
 """Where these recipes differ: what samples continue, the same on every rank."""
@@ -42,57 +46,87 @@ def train_supervised(config: RunConfig, prompts: Prompts, **how: Any) -> RunResu
     return run_recipe(config, lambda session, stop: _train(session, prompts, stop), **how)
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A run before its first step."""
+
+    work: Work
+    state: TrainState
+    """Where it goes on; step 0 for a new one."""
+    learner: Learner
+    loss_module: CausalLMLoss
+    built: RunModel
+    mark: MemoryMark
+    """The memory of this process before the model."""
+
+
 def _train(session: Session, prompts: Prompts, stop: StopSignal) -> RunResult:
+    config = session.config
+    with ExitStack() as stack:
+        opened = open_training(session, prompts, stop, stack)
+        work, state = opened.work, opened.state
+        with recorded_end(session):
+            if state.step == 0:
+                work.evaluate(0)
+            state = fit(work, state)
+            if config.eval.after_training and state.best_step not in (None, state.step):
+                # the last step's samples are those of the last weights: the best ones answer once more
+                opened.learner.read(session.checkpoints.resolve("best"))
+                write_samples(session, prompts, opened.learner, opened.loss_module, state.step, best=True)
+    record_run(session, opened.built, work.meter, opened.mark)
+    return finish(session, state, work.saver.stalled_s, opened.built.census)
+
+
+def open_training(session: Session, prompts: Prompts, stop: StopSignal, stack: ExitStack) -> Opened:
+    """Build the model, load what the run goes on from, and all that the loop works with; `stack` closes it."""
     config, world = session.config, session.world
+    mark = MemoryMark.now(world.device)
     built = build_run_model(session)
     loss_module = CausalLMLoss(
         built.model, chunk_tokens=config.train.loss_chunk_tokens, z_loss=config.train.z_loss
     )
     learner = build_learner(config, loss_module, built.model, world, built.weights)
     state = starting_state(session, {STUDENT: learner})
-    resumed = state.step > 0
     peak, peak_source = peak_flops(world.device)
     _describe(session, built, f"peak {peak / 1e12:.2f} TFLOP/s per device ({peak_source})")
 
-    with open_records(session, state, resumed=resumed) as trackers:
+    trackers = stack.enter_context(open_records(session, state, resumed=state.step > 0))
 
-        def evaluate(step: int) -> float:
-            precision = choose_precision(config.train.precision, world.device)
-            batches = _validation(session)
-            metrics = evaluate_batches(loss_module, batches, session.store.token_bytes, world, precision)
-            trackers.log(step, {**metrics, **source_metrics(session, step)})
-            figures = f"loss {metrics['val/loss']:.4f}  perplexity {metrics['val/ppl']:.2f}"
-            stage("EVAL", f"step {step}: {figures}  {metrics['val/bpb']:.4f} bits per byte")
-            write_samples(session, prompts, learner, loss_module, step)
-            return metrics["val/loss"]
+    def evaluate(step: int) -> float:
+        metrics = run_validation(session, loss_module)
+        trackers.log(step, {**metrics, **source_metrics(session, step)})
+        figures = f"loss {metrics['val/loss']:.4f}  perplexity {metrics['val/ppl']:.2f}"
+        stage("EVAL", f"step {step}: {figures}  {metrics['val/bpb']:.4f} bits per byte")
+        write_samples(session, prompts, learner, loss_module, step)
+        return metrics["val/loss"]
 
-        def check_first_step() -> None:
-            if config.lora.enabled:
-                check_gradients(built.model, learner.snapshot(), world.sum)
+    def check_first_step() -> None:
+        if config.lora.enabled:
+            check_gradients(built.model, learner.snapshot(), world.sum)
 
-        work = Work(
-            config=config,
-            geometry=session.geometry,
-            total_steps=session.total_steps,
-            world=world,
-            learner=learner,
-            loader=_loader(session),
-            meter=SpeedMeter(built.flops_per_token, peak * world.world_size, world.device),
-            trackers=trackers,
-            stop=stop,
-            evaluate=evaluate,
-            saver=make_saver(session, {STUDENT: learner}),
-            check_first_step=check_first_step,
-        )
-        with recorded_end(session):
-            if not resumed:
-                evaluate(0)
-            state = fit(work, state)
-            if config.eval.after_training and state.best_step not in (None, state.step):
-                # the last step's samples are those of the last weights: the best ones answer once more
-                learner.read(session.checkpoints.resolve("best"))
-                write_samples(session, prompts, learner, loss_module, state.step, best=True)
-    return finish(session, state, work.saver.stalled_s, built.census)
+    work = Work(
+        config=config,
+        geometry=session.geometry,
+        total_steps=session.total_steps,
+        world=world,
+        learner=learner,
+        loader=make_loader(session),
+        meter=SpeedMeter(built.flops_per_token, peak * world.world_size, world.device),
+        trackers=trackers,
+        stop=stop,
+        evaluate=evaluate,
+        saver=make_saver(session, {STUDENT: learner}),
+        check_first_step=check_first_step,
+    )
+    return Opened(work, state, learner, loss_module, built, mark)
+
+
+def run_validation(session: Session, loss_module: CausalLMLoss) -> dict[str, float]:
+    """The figures of `evaluate_batches` on eval.max_tokens of the validation split."""
+    config, world = session.config, session.world
+    precision = choose_precision(config.train.precision, world.device)
+    token_bytes = session.store.token_bytes
+    return evaluate_batches(loss_module, _validation(session), token_bytes, world, precision)
 
 
 def write_samples(
@@ -126,7 +160,8 @@ def write_samples(
             file.writelines(lines)
 
 
-def _loader(session: Session) -> Loader:
+def make_loader(session: Session) -> Loader:
+    """The training batches of this rank."""
     config, geometry, world = session.config, session.geometry, session.world
     return Loader(
         session.store.streams(),

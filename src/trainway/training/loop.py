@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from trainway.checkpoint.state import TrainState
 from trainway.config.schema import RunConfig
-from trainway.data.loader import Loader, StepBatch
+from trainway.data.loader import StepBatch, StepSource
 from trainway.engines.base import Learner
 from trainway.engines.world import World
 from trainway.errors import Stopped
@@ -36,7 +36,7 @@ class Work:
     total_steps: int
     world: World
     learner: Learner
-    loader: Loader
+    loader: StepSource
     meter: SpeedMeter
     trackers: Trackers
     stop: StopSignal

@@ -66,6 +66,8 @@ class Session:
     geometry: Geometry
     resume: Resume
     allow_changes: bool
+    preparing_s: float
+    """For which this launch made the token store; 0 where it was ready."""
 
     @property
     def base_hash(self) -> str:
@@ -86,6 +88,7 @@ def begin_session(
     base: BaseModel | None,
     resume: Resume,
     allow_changes: bool,
+    preparing_s: float = 0.0,
 ) -> Session:
     """Settle everything that the run needs; rank 0, which holds the lock, checks and describes its directory.
 
@@ -108,6 +111,7 @@ def begin_session(
         geometry=resolve_geometry(config, world.world_size, prepared.rows_per_epoch(config.train.seq_len)),
         resume=resume,
         allow_changes=allow_changes,
+        preparing_s=preparing_s,
     )
     world.together(lambda: _check_agreement(world, session.data_hash, session.base_hash))
     world.together(lambda: _open_directory(session) if world.is_main else None)
