@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from trainway import __version__
-from trainway.cli import compare, config, data, model, orchestrate, quickstart, runs, train
+from trainway.cli import compare, config, data, model, orchestrate, quickstart, runs, smoke, train
 from trainway.cli.terminal import emit, is_main_rank, print_error
 from trainway.errors import ExitCode, PeerFailed, Stopped, UserError
 
@@ -28,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (quickstart, config, data, orchestrate, train, model, runs, compare):
+for group in (quickstart, config, data, orchestrate, smoke, train, model, runs, compare):
     group.register(app)
 
 
