@@ -23,12 +23,14 @@ class Pulse:
         self.long = True
         """Whether the phase may take long: loading, the first step, rollouts, samples, saves."""
         self.moved_at = clock()
+        self._starting = True
 
     def enter(self, phase: str, step: int | None = None, *, long: bool = False) -> None:
         """A new phase begins, at the same point of the work on every rank."""
         if step is not None:
+            self._starting = self._starting and self.step in (0, step)
             self.step = step
-        self.phase, self.long = phase, long
+        self.phase, self.long = phase, long or self._starting
         self.moved_at = self._clock()
         self.count += 1  # last: who reads it sees the rest already
 

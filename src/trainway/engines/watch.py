@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from trainway.engines.heartbeat import Beat, Member, Roll, Seen, Verdict, find_fault, own_member
 from trainway.engines.pulse import Pulse
+from trainway.errors import Stopped
 from trainway.logs import logger
 
 LAST_WORDS_S = 3.0
@@ -79,6 +80,7 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        failed = error is not None and not isinstance(error, Stopped)
         if self._roll is not None and kind is not None and issubclass(kind, RuntimeError):
             self.hear()
         self._closing.set()
@@ -86,9 +88,7 @@ class Watch:
             thread.join(timeout=2 * self._interval_s + 1)
         if self._roll is not None and not self._threads[0].is_alive():
             try:
-                self._roll.tell(
-                    self._pulse, "done" if kind is None or not issubclass(kind, Exception) else "failed"
-                )
+                self._roll.tell(self._pulse, "failed" if failed else "done")
             except RuntimeError:  # the store has gone with the rank that kept it
                 logger.debug("no store to say goodbye to")
         faulthandler.cancel_dump_traceback_later()

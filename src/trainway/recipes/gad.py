@@ -137,7 +137,7 @@ def _train(session: Session, stop: StopSignal, critic: BaseModel | None) -> RunR
             players=players,
             sampling=sampling,
             loaders={stage.name: _loader(session, stage, ends) for stage in stages},
-            meter=SpeedMeter(0.0, 0.0, world.device),
+            meter=SpeedMeter(0.0, 0.0, world.device, session.pace),
             trackers=trackers,
             stop=stop,
             validate=check,

@@ -94,7 +94,7 @@ def _train(session: Session, recipe: Recipe, stop: StopSignal) -> RunResult:
             world=world,
             learner=learner,
             loader=_loader(session),
-            meter=SpeedMeter(built.flops_per_token, peak * world.world_size, world.device),
+            meter=SpeedMeter(built.flops_per_token, peak * world.world_size, world.device, session.pace),
             trackers=trackers,
             stop=stop,
             evaluate=evaluate,
@@ -122,6 +122,7 @@ def write_samples(
     best: bool = False,
 ) -> None:
     """Continue the prompts of the recipe into samples.jsonl; `best` marks those of the best checkpoint's weights."""
+    session.world.pulse.enter("samples", long=True)
     if not (session.world.is_main or learner.is_sharded):
         return
     config, world = session.config, session.world

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -40,16 +41,19 @@ def run_smoke(settings: SmokeSettings, *, as_json: bool = False) -> int:
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     device = own_device(local_rank)
     torch.set_num_threads(thread_share(local_world_size))
-    store = meeting_store(timedelta(seconds=settings.timeout_s))
+    store = _meet(settings)
     store.set_timeout(timedelta(seconds=_PATIENCE * settings.timeout_s))
     world = World(rank, local_rank, world_size, local_world_size, device, store=store)
     said = Said(settings, as_json=as_json, speaks=rank == 0)
     missing = wait_for_all(store, world, settings.timeout_s)
     if missing:
+        absent = ", ".join(map(str, missing))
         # those that are here say it; the lowest of them speaks for all
         said.speaks = rank == min(set(range(world_size)) - set(missing))
         said.add(
-            Check("ranks", "FAIL", f"ranks {missing} of {world_size} did not come", {"missing": missing})
+            Check(
+                "ranks", "FAIL", f"of {world_size} ranks these did not come: {absent}", {"missing": missing}
+            )
         )
         return said.end()
     watch = Watch(
@@ -114,6 +118,18 @@ def wait_for_all(store: dist.Store, world: World, timeout_s: float) -> list[int]
             return missing
         time.sleep(0.05)
     return []
+
+
+def _meet(settings: SmokeSettings) -> dist.Store:
+    try:
+        return meeting_store(timedelta(seconds=settings.timeout_s))
+    except RuntimeError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise EnvironmentFault(
+            f"rank {os.environ['RANK']} ({socket.gethostname()}) does not reach rank 0 at {place}",
+            str(error).strip().partition("\n")[0],
+            "see that rank 0 was started, and that the port is open between the machines",
+        ) from error
 
 
 class Said:

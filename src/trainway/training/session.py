@@ -31,6 +31,7 @@ from trainway.models.census import Census
 from trainway.planning.geometry import Geometry, resolve_geometry
 from trainway.provenance import collect_provenance, config_hash
 from trainway.run_dir import RunDir
+from trainway.training.pace import Pace
 from trainway.training.progress import clock
 from trainway.training.runs import Resume, refuse_changed_settings, write_status
 from trainway.training.saving import STATE_FILE, STUDENT, Saver
@@ -64,6 +65,8 @@ class Session:
     geometry: Geometry
     resume: Resume
     allow_changes: bool
+    pace: Pace | None
+    """What warns of a run that becomes slow."""
 
     @property
     def base_hash(self) -> str:
@@ -106,6 +109,7 @@ def begin_session(
         geometry=resolve_geometry(config, world.world_size, prepared.rows_per_epoch(config.train.seq_len)),
         resume=resume,
         allow_changes=allow_changes,
+        pace=Pace(config.watchdog, world.rank) if config.watchdog.enabled else None,
     )
     world.together(lambda: _check_agreement(world, session.data_hash, session.base_hash))
     world.together(lambda: _open_directory(session) if world.is_main else None)
@@ -204,6 +208,7 @@ def recorded_end(session: Session) -> Iterator[None]:
 def finish(session: Session, state: TrainState, save_stall_s: float, census: Census) -> RunResult:
     """Write report.json and the final status. `save_stall_s`: for which this launch waited for its saves."""
     world, run, seconds = session.world, session.run, state.elapsed_s
+    world.pulse.enter("end", long=True)
     report = {
         "world_size": world.world_size,
         "engine": engine_name(session.config, world),

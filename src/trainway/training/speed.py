@@ -10,12 +10,18 @@ from pathlib import Path
 import torch
 
 from trainway.planning.arithmetic import peak_flops as data_sheet_flops
+from trainway.training.gpu import watch_gpu
+from trainway.training.pace import Pace
 
 
 class SpeedMeter:
     """Times optimiser steps over a short window, so that one slow step does not hide the usual speed."""
 
-    def __init__(self, flops_per_token: float, peak_flops: float, device: torch.device) -> None:
+    def __init__(
+        self, flops_per_token: float, peak_flops: float, device: torch.device, pace: Pace | None = None
+    ) -> None:
+        """`pace`: told of every step, to warn of slow ones."""
+        self._pace, self._gpu = pace, watch_gpu(device)
         self._flops, self._peak, self._device = flops_per_token, peak_flops, device
         self._seconds: deque[float] = deque(maxlen=20)
         self._tokens: deque[float] = deque(maxlen=20)
@@ -36,7 +42,17 @@ class SpeedMeter:
         if self._peak:
             metrics["perf/mfu"] = tokens_per_s * self._flops / self._peak
         metrics["perf/memory_gib"] = peak_memory_gib(self._device)
+        utilization = self._gpu.share() if self._gpu is not None else None
+        if utilization is not None:
+            metrics["perf/gpu_utilization"] = utilization
+        if self._pace is not None:
+            self._pace.step(tokens / self._seconds[-1], utilization)
         return metrics
+
+    def forget(self) -> None:
+        """What follows is other work: its speed says nothing about what was before."""
+        if self._pace is not None:
+            self._pace.forget()
 
     @property
     def seconds_per_step(self) -> float:
