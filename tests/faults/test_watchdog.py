@@ -94,7 +94,7 @@ def test_data_that_do_not_come_are_named_with_the_call_that_waits(
         str(config),
     ]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == (1 if nproc > 1 else 4), done.stderr  # torchrun knows one code
     lines = done.stderr.splitlines()
     (what,) = [line for line in lines if line.startswith("error:")]

@@ -205,9 +205,9 @@ class Roll:
 
     def words_of(self, rank: int, wait_s: float) -> str:
         """Where the main thread of a rank is, as it says itself; empty when it does not in time."""
-        end = self._clock() + wait_s
+        end = time.monotonic() + wait_s
         while not self._store.check([key := f"place/{rank}"]):
-            if self._clock() > end:
+            if time.monotonic() >= end:
                 return ""
             time.sleep(0.05)
         return str(self._store.get(key).decode())

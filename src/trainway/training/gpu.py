@@ -28,7 +28,8 @@ class GpuWatch:
         self._lock = threading.Lock()
         self._found: list[float] = []
         self._last: float | None = None
-        threading.Thread(target=self._run, name="gpu utilisation", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="gpu utilisation", daemon=True)
+        self._thread.start()
 
     def share(self) -> float | None:
         """The mean since the last call; what it was then when nothing came since. None when it is not known."""
