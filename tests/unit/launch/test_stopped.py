@@ -50,6 +50,7 @@ def test_a_rank_that_is_stopped_now_and_then_goes_on() -> None:
     for _ in range(3 * LOOKS):  # seen stopped each time, it has worked in between
         two.used += 0.01
         assert look() == []
+    two.used += 0.01
     for turn in range(3 * LOOKS):
-        two.state = psutil.STATUS_RUNNING if turn % LOOKS == LOOKS - 1 else psutil.STATUS_STOPPED
+        two.state = psutil.STATUS_RUNNING if turn % LOOKS == LOOKS - 2 else psutil.STATUS_STOPPED
         assert look() == []
