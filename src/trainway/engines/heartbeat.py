@@ -88,7 +88,8 @@ def find_fault(
     """Who of the ranks keeps the others waiting; None while the run goes on.
 
     It goes on while the rank that is furthest behind got on within its limit, or another one in the same place did:
-    it may have to wait for that one. Ranks that have left are none of it.
+    it may have to wait for that one. So it does with a rank that tells nothing, as long as the others get on: they
+    could not without it. Ranks that have left are none of it.
 
     Args:
         interval_s: between two beats of a rank.
@@ -104,15 +105,15 @@ def find_fault(
     def over(s: Seen) -> bool:
         return s.idle_s > (long_stall_s if s.beat.long else stall_s)
 
+    mute = [s for s in here if s.silent_s > max(stall_s / 2, 3 * interval_s)]
+    answering = [s for s in here if s not in mute]
+    if mute:
+        waited = any(s.silent_s > stall_s for s in mute) or any(map(over, mute))
+        return _verdict("silent", mute) if waited and all(map(over, answering)) else None
     last = min(s.beat.count for s in here)
     behind = [s for s in here if s.beat.count == last]
-    mute = [s for s in here if s.silent_s > max(stall_s / 2, 3 * interval_s)]
-    if mute and any(s.silent_s > stall_s for s in mute):
-        return _verdict("silent", mute)
-    if not all(over(s) for s in behind):
+    if not all(map(over, behind)):
         return None
-    if mute:
-        return _verdict("silent", mute)
     return _verdict("late" if len(behind) < len(here) else "together", behind)
 
 

@@ -34,18 +34,21 @@ def describe_fault(
     """(what, why, fix) for people. `words`: where the main threads of late ranks are."""
     who = name_members(found.ranks, members)
     where = f"{found.phase} of step {found.step}" if found.step else found.phase
-    since, first = f"for {found.idle_s:.0f} s", found.ranks[0]
+    since, first, several = f"for {found.idle_s:.0f} s", found.ranks[0], len(found.ranks) > 1
+    was = f"rank {first} was in {where}" if several else f"it was in {where}"
     place = f"it is at {words[first]}" if words.get(first) else "it does not say where it is"
     match found.fault:
         case "gone":
-            what = f"{who} ended while the others went on; it was in {where}"
+            what = f"{who} ended while the others went on; {was}"
             return what, "it was killed, or failed and said why itself", AGAIN
         case "silent":
             why, cure = _STATES[found.state if found.state in _STATES else ""]
-            return f"{who} does not answer {since}; it was in {where}", why, f"{cure}; {AGAIN}"
+            what = f"{who} {'do' if several else 'does'} not answer {since}; {was}"
+            return what, why, f"{cure}; {AGAIN}"
         case "late":
             cure = _CURES.get(found.phase, "see what it does there")
-            return f"{who} is in {where} {since}, and the others wait for it", place, f"{cure}; {AGAIN}"
+            what = f"{who} {'are' if several else 'is'} in {where} {since}, and the others wait for it"
+            return what, place, f"{cure}; {AGAIN}"
         case "together" if len(members) == 1:
             cure = _CURES.get(found.phase, "see what it does there")
             return f"the run does not get on: in {where} {since}", place, f"{cure}; {AGAIN}"

@@ -91,7 +91,8 @@ class Watch:
                 self._roll.tell(self._pulse, "failed" if failed else "done")
             except RuntimeError:  # the store has gone with the rank that kept it
                 logger.debug("no store to say goodbye to")
-        faulthandler.cancel_dump_traceback_later()
+        if self._roll is not None:
+            faulthandler.cancel_dump_traceback_later()
 
     def hear(self) -> None:
         """Wait until it would be known that another rank has ended; does not return when one has.
@@ -101,19 +102,18 @@ class Watch:
         self._closing.wait(4 * self._interval_s + _GONE_GRACE_S)
 
     def _tell(self) -> None:
+        asleep = time.monotonic()
         while not self._closing.wait(self._interval_s):
-            now = time.monotonic()
-            if now - self._round_at > max(3 * self._interval_s, self._stall_s / 2):
+            if time.monotonic() - asleep > max(3 * self._interval_s, self._stall_s / 2):
                 self._pulse.tick()  # this process was suspended: that is no standstill of its work
             try:
                 found = self._round()
-            except RuntimeError as error:  # the store is gone: ranks that live on find it out by themselves
+                self._round_at = time.monotonic()
+                if found is not None:
+                    self._end(*found)
+            except RuntimeError as error:  # the connection is gone, which the work may not need
                 logger.debug("heartbeat: %s", error)
-                self._closing.wait(self._interval_s)
-                continue
-            self._round_at = time.monotonic()
-            if found is not None:
-                self._end(*found)
+            asleep = time.monotonic()
 
     def _round(self) -> tuple[Verdict, bool] | None:
         """Tell and look once; the run's verdict, and whether it is ours to speak of."""
@@ -138,12 +138,13 @@ class Watch:
         return roll.accuse(found)
 
     def _guard(self) -> None:
-        """Ends this process when the store does not answer, or when this thread itself gets no turn any more."""
+        """Ends this process when it stands still and the store cannot tell why, or when no thread gets a turn."""
         limit = self._stall_s + 3 * self._interval_s
         while not self._closing.wait(self._interval_s):
             # a C call that never returns and keeps the interpreter: nothing but this timer runs then
             faulthandler.dump_traceback_later(limit + LAST_WORDS_S, exit=True, file=_STDERR)
-            if time.monotonic() - self._round_at > limit:
+            waits_s = self._long_stall_s if self._pulse.long else self._stall_s
+            if time.monotonic() - self._round_at > limit and self._pulse.idle_s > waits_s:
                 self._end(Verdict("store", (0,), self._pulse.step, self._pulse.phase, limit), True)
 
     def _end(self, verdict: Verdict, ours: bool) -> None:

@@ -61,10 +61,12 @@ def test_a_rank_that_gets_on_excuses_those_that_wait_in_the_same_phase() -> None
 
 
 def test_a_rank_that_tells_nothing_is_silent() -> None:
-    assert fault(seen(0, 9, 50.0), seen(1, 9, 1.0, silent_s=101.0)) == ("silent", (1,))
-    # all stand still, and it alone does not answer: the others are in the same phase, and wait for it
+    assert fault(seen(0, 9, 101.0), seen(1, 9, 1.0, silent_s=100.5)) == ("silent", (1,))
+    # the others are in the same phase, and wait for it
     assert fault(seen(0, 9, 120.0), seen(1, 9, 40.0, silent_s=80.0)) == ("silent", (1,))
     assert fault(seen(0, 9, 50.0), seen(1, 9, 1.0, silent_s=60.0)) is None
+    # only its connection is cut: the others could not get on without it
+    assert fault(seen(0, 9, 50.0), seen(1, 9, 1.0, silent_s=5000.0)) is None
 
 
 def test_a_process_that_is_gone_is_a_fault_at_once() -> None:
@@ -84,7 +86,7 @@ def test_what_is_said_names_rank_host_process_phase_and_place() -> None:
         "the same command goes on from the last checkpoint"
     )
     what, why, _ = describe_fault(Verdict("silent", (0, 1), 0, "start", 9.0, "stopped"), members, {})
-    assert what == "ranks 0 (node-0, pid 100), 1 (node-1, pid 101) does not answer for 9 s; it was in start"
+    assert what == "ranks 0 (node-0, pid 100), 1 (node-1, pid 101) do not answer for 9 s; rank 0 was in start"
     assert why.startswith("its process is stopped (SIGSTOP")
 
 
