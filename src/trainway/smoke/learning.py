@@ -173,7 +173,8 @@ class Learning:
         """The loss has fallen: from the first step to the last quarter of them."""
         first, last = self.losses[0], float(np.mean(self.losses[-max(1, len(self.losses) // 4) :]))
         fell = last < first * (1 - LEAST_FALL)  # not so for NaN
-        figures = {"first": first, "last": last, "steps": len(self.losses)}
+        shown = [value if np.isfinite(value) else None for value in (first, last)]  # JSON knows no NaN
+        figures = {"first": shown[0], "last": shown[1], "steps": len(self.losses)}
         text = (
             f"{'fell' if fell else 'did not fall'} from {first:.4f} to {last:.4f} in {len(self.losses)} steps"
         )
