@@ -37,7 +37,7 @@ def break_rank(root: Path, config: Path, rank: int, act: Callable[[psutil.Proces
     """
     process = launch(config, "--nproc", "2", OMP_NUM_THREADS="1")
     lines = root / "run/metrics.jsonl"
-    wait_for(lambda: lines.exists() and lines.read_bytes().count(b'"samples"') >= 10, process)
+    wait_for(lambda: lines.exists() and lines.read_bytes().count(b'"samples"') >= 10, process, 240)
     tree = psutil.Process(process.pid).children(recursive=True)
     (victim,) = [child for child in tree if environ(child).get("RANK") == str(rank)]
     act(victim)

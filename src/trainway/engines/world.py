@@ -145,13 +145,10 @@ def meeting_store(timeout: timedelta) -> dist.Store:
     """The store of the ranks, where the launcher's variables say; one of its own for a process without a launcher."""
     if "RANK" not in os.environ:
         return dist.HashStore()
-    if (
-        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    ):  # the first rank keeps it, without waiting for others
-        place, is_first = (
-            (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])),
-            os.environ["RANK"] == "0",
-        )
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        # no agent keeps a store: the first rank does, and does not wait for the others here
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        is_first = os.environ["RANK"] == "0"
         return dist.TCPStore(*place, is_master=is_first, timeout=timeout, wait_for_workers=False)
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)

@@ -69,7 +69,7 @@ def run_smoke(settings: SmokeSettings, *, as_json: bool = False) -> int:
             first = str(error).strip().partition("\n")[0]
             raise EnvironmentFault(
                 f"rank {rank} failed in: {world.pulse.phase}", f"{type(error).__name__}: {first}",
-                "the checks before it passed; NCCL_DEBUG=INFO says more about a network of GPUs",
+                "NCCL_DEBUG=INFO says more about a network of GPUs",
             ) from error  # fmt: skip
         finally:
             if dist.is_initialized():
