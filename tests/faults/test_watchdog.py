@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import launch, metrics, run_cli, tiny, wait_for, write_config
+from tests.conftest import kill_all, launch, metrics, run_cli, tiny, wait_for, write_config
 from tests.watchdog_worker import STUCK_AT
 
 STEPS = 80
@@ -37,7 +37,11 @@ def break_rank(root: Path, config: Path, rank: int, act: Callable[[psutil.Proces
     """
     process = launch(config, "--nproc", "2", OMP_NUM_THREADS="1")
     lines = root / "run/metrics.jsonl"
-    wait_for(lambda: lines.exists() and lines.read_bytes().count(b'"samples"') >= 10, process, 240)
+    try:
+        wait_for(lambda: lines.exists() and lines.read_bytes().count(b'"samples"') >= 10, process, 240)
+    except AssertionError:
+        kill_all(process)
+        raise
     tree = psutil.Process(process.pid).children(recursive=True)
     (victim,) = [child for child in tree if environ(child).get("RANK") == str(rank)]
     act(victim)
