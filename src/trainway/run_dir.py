@@ -48,6 +48,10 @@ class RunDir:
     def status(self) -> Path:
         return self.path / "status.json"
 
+    def stacks(self, rank: int) -> Path:
+        """Where the threads of a rank were when the run was found to stand still."""
+        return self.path / f"stacks-rank-{rank}.txt"
+
     @property
     def lock(self) -> Path:
         return self.path / "run.lock"

@@ -17,7 +17,7 @@ LAYERS = (
     {"engines", "checkpoint", "models", "data", "tracking", "losses", "muon", "optim", "schedules"},
     {"training", "rollout"},
     {"gad"},
-    {"recipes", "release", "launch", "report", "doctor"},
+    {"recipes", "release", "launch", "report", "doctor", "smoke"},
     {"cli", "__main__"},
 )
 """Lowest first; a module imports from its own layer and those below."""

@@ -178,6 +178,7 @@ SECTION_VALUES: dict[str, str] = {
     "tokenizer": "tokenizer.path",
     "data": SOURCES,
     "lora": "lora.enabled",
+    "watchdog": "watchdog.enabled",
     "gad": "gad.stage",
     "rollout": "rollout.engine",
     "optim": "optim.name",

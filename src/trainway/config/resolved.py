@@ -22,6 +22,7 @@ CHANGEABLE = (
     "eval.",
     "engine.",
     "release.",
+    "watchdog.",
     "train.micro_batch_size",
     "train.grad_accum_steps",
     "train.num_threads",

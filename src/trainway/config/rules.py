@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from trainway.config.gad_rules import gad_problems, ignored_by_gad
 from trainway.config.lora_rules import lora_problems
 from trainway.config.mixes import mix_problems
-from trainway.config.schema import LoraConfig, ModelConfig, RunConfig
+from trainway.config.schema import LoraConfig, ModelConfig, RunConfig, WatchdogConfig
 from trainway.errors import ConfigError
 from trainway.planning.geometry import decay_overlap, warmup_steps
 
@@ -88,6 +88,9 @@ def ignored_settings(config: RunConfig) -> dict[str, str]:
             "eval.max_new_tokens",
             "eval.temperature",
         )
+    if not config.watchdog.enabled:
+        names = (name for name in WatchdogConfig.model_fields if name != "enabled")
+        ignore("watchdog.enabled is false", *(f"watchdog.{name}" for name in names))
     if config.train.on_nonfinite == "stop" and config.train.spike_factor == 0:
         ignore("no step is ever left out (on_nonfinite stop, spike_factor 0)", "train.max_skipped_steps")
     return ignored

@@ -385,6 +385,22 @@ class LogConfig(Section):
     """Which micro-batches of a step get a line of their own at level debug."""
 
 
+class WatchdogConfig(Section):
+    """What ends a run that stands still, and warns of one that is slow."""
+
+    enabled: bool = True
+    """Watch the run: every rank tells the others what it is in."""
+    stall_s: PositiveFloat = 480
+    """A rank that does not get on for so long ends the run and is named, with its stack. Below engine.timeout_s, whose
+    error names nobody."""
+    long_stall_s: PositiveFloat = 1800
+    """The same for what may take long: loading, the first step, validation, samples, rollouts, checkpoints."""
+    throughput_drop: Share = 0.5
+    """Warn when the recent tokens per second are lower than the run's own median by more than this share; 0: never."""
+    min_gpu_utilization: Share = 0.3
+    """Warn when a rank's GPU works for less than this share of ten minutes; 0: never."""
+
+
 class ReleaseConfig(Section):
     """What happens to the model when the run is done."""
 
@@ -422,6 +438,7 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     tracking: TrackingConfig = TrackingConfig()
     log: LogConfig = LogConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     release: ReleaseConfig = ReleaseConfig()
 
 

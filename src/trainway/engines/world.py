@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from trainway.config.schema import EngineConfig
+from trainway.engines.pulse import Pulse
 from trainway.errors import ConfigError, EnvironmentFault, PeerFailed
 
 Result = TypeVar("Result")
@@ -32,6 +33,10 @@ class World:
     device: torch.device
     closing: ExitStack = field(default_factory=ExitStack, repr=False, compare=False)
     """What an engine wants to be done before the process group is left."""
+    store: dist.Store | None = field(default=None, repr=False, compare=False)
+    """Where the ranks of a run of several processes have met."""
+    pulse: Pulse = field(default_factory=Pulse, repr=False, compare=False)
+    """What this process is in, for those who watch the run."""
 
     @property
     def is_main(self) -> bool:
@@ -44,7 +49,9 @@ class World:
             return [float(v) for v in values]
         totals = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(totals)
-        return totals.tolist()  # device→host sync
+        found: list[float] = totals.tolist()  # device→host sync
+        self.pulse.tick()
+        return found
 
     def gather(self, values: np.ndarray) -> list[np.ndarray]:
         """Every rank's array [n] of int32, n its own, by rank; the same on every rank."""
@@ -115,22 +122,17 @@ def open_world(engine: EngineConfig, num_threads: int | None = None) -> Iterator
             "the single engine would train the same model once per process",
             "set engine.name=ddp, or start one process",
         )
-    torch.set_num_threads(num_threads or max(1, _physical_cores() // local_world_size))
-    device = _device(local_rank)
-    world = World(rank, local_rank, world_size, local_world_size, device)
+    torch.set_num_threads(num_threads or thread_share(local_world_size))
+    device = own_device(local_rank)
     if world_size == 1 and engine.name not in ("fsdp", "zero2", "zero3"):
+        world = World(rank, local_rank, world_size, local_world_size, device)
         with world.closing:
             yield world
         return
-    alone = "RANK" not in os.environ  # no launcher keeps a store for one process
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=engine.timeout_s),
-        device_id=device if device.type == "cuda" else None,
-        store=dist.HashStore() if alone else None,
-        rank=0 if alone else -1,
-        world_size=1 if alone else -1,
-    )
+    timeout = timedelta(seconds=engine.timeout_s)
+    store = meeting_store(timeout)
+    world = World(rank, local_rank, world_size, local_world_size, device, store=store)
+    join_group(world, timeout)
     try:
         with world.closing:
             yield world
@@ -139,7 +141,35 @@ def open_world(engine: EngineConfig, num_threads: int | None = None) -> Iterator
             dist.destroy_process_group()
 
 
-def _device(local_rank: int) -> torch.device:
+def meeting_store(timeout: timedelta) -> dist.Store:
+    """The store of the ranks, where the launcher's variables say; one of its own for a process without a launcher."""
+    if "RANK" not in os.environ:
+        return dist.HashStore()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        # no agent keeps a store: the first rank does, and does not wait for the others here
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        is_first = os.environ["RANK"] == "0"
+        return dist.TCPStore(*place, is_master=is_first, timeout=timeout, wait_for_workers=False)
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    return cast(dist.Store, store)
+
+
+def join_group(world: World, timeout: timedelta) -> None:
+    """Make the default process group of the ranks that meet in `world.store`."""
+    on_gpu = world.device.type == "cuda"
+    assert world.store is not None
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        timeout=timeout,
+        device_id=world.device if on_gpu else None,
+        store=dist.PrefixStore("group", world.store),
+        rank=world.rank,
+        world_size=world.world_size,
+    )
+
+
+def own_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
@@ -151,6 +181,11 @@ def _device(local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def thread_share(local_world_size: int) -> int:
+    """CPU threads of one rank: the physical cores divided among the ranks of this machine."""
+    return max(1, _physical_cores() // local_world_size)
 
 
 def _physical_cores() -> int:

@@ -105,6 +105,7 @@ def fit(work: Work, state: TrainState) -> TrainState:
     work.meter.restart()
     try:
         for step in range(state.step + 1, total + 1):
+            world.pulse.enter("agreement", step)
             stopping, written, failed = world.sum(work.stop.requested, *saver.progress())
             saver.advance(written, failed)
             if stopping:
@@ -115,6 +116,7 @@ def fit(work: Work, state: TrainState) -> TrainState:
             if (now := stage_of(work.stages, step)) != current:
                 current, reference = now, begin_stage(work, now, state.step)
             seed_step(config.seed, step, world.rank)
+            world.pulse.enter("data")
             rows = work.loaders[current.name].step(current.own_step(step))
             figures, tokens = take_step(work, current, step, rows.rows, reference, judges)
             metrics = {
@@ -156,6 +158,7 @@ def begin_stage(work: Work, now: Stage, step: int) -> Reference | None:
     read from the checkpoint of that moment, which is kept for it.
     """
     log_stage("STAGE", f"{now.name}: steps {now.before + 1:,} to {now.last:,}, {now.steps:,} of its own")
+    work.meter.forget()
     if now.name != "adversarial":
         return None
     players, begins = work.players, step == now.before

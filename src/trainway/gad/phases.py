@@ -46,6 +46,7 @@ class Players:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
+        self.world.pulse.enter(name, long=name == "rollout")
         try:
             yield
         finally:

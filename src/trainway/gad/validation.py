@@ -34,6 +34,7 @@ def validate(
 
     All ranks call it together and get the same. `sampling`: that of training; here the likeliest token is taken.
     """
+    players.world.pulse.enter("validation", long=True)
     written = write_answers(players, rows, [(0,)] * len(rows), replace(sampling, temperature=0.0))
     scores: torch.Tensor | None = None
     if players.discriminator is not None:

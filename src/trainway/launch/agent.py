@@ -10,6 +10,7 @@ import sys
 
 from trainway.errors import ExitCode
 from trainway.launch.nodes import torchrun_options
+from trainway.launch.stopped import kill_stopped_ranks
 
 DOCUMENTED = (ExitCode.CONFIG, ExitCode.DATA, ExitCode.ENVIRONMENT, ExitCode.STOPPED)
 
@@ -32,6 +33,7 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
     _outlive_the_meeting_place()
+    kill_stopped_ranks()
 
     try:
         torchrun(arguments)

@@ -21,6 +21,7 @@ from trainway.training.memory import memory_advice
 from trainway.training.runs import Resume, choose_run_dir, run_status
 from trainway.training.session import RunResult, Session, begin_session, finished_before
 from trainway.training.shutdown import StopSignal
+from trainway.training.watchdog import watched
 
 Result = TypeVar("Result")
 
@@ -55,6 +56,7 @@ def run_recipe(
         run = RunDir(Path(world.from_main(str(choose_run_dir(config, resume).path) if world.is_main else "")))
         world.together(lambda: stack.enter_context(run_lock(run)) if world.is_main else None)
         stack.enter_context(disk_faults(run.path))
+        stack.enter_context(watched(config.watchdog, world, run))
         if run_status(run)["state"] == "done" and resume == "auto":
             return finished_before(config, run, allow_changes)
         session = begin_session(config, world, run, prepared, base, resume, allow_changes, preparing_s)

@@ -111,7 +111,7 @@ def open_training(session: Session, prompts: Prompts, stop: StopSignal, stack: E
         world=world,
         learner=learner,
         loader=make_loader(session),
-        meter=SpeedMeter(built.flops_per_token, peak * world.world_size, world.device),
+        meter=SpeedMeter(built.flops_per_token, peak * world.world_size, world.device, session.pace),
         trackers=trackers,
         stop=stop,
         evaluate=evaluate,
@@ -139,6 +139,7 @@ def write_samples(
     best: bool = False,
 ) -> None:
     """Continue the prompts into samples.jsonl; `best` marks those of the best checkpoint's weights."""
+    session.world.pulse.enter("samples", long=True)
     if not (session.world.is_main or learner.is_sharded):
         return
     config, world = session.config, session.world

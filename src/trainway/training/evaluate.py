@@ -36,7 +36,9 @@ def evaluate_batches(
     nats, tokens, text_bytes = 0.0, 0, 0
     was_training = module.training
     module.eval()
+    world.pulse.enter("validation", long=True)
     for batch in batches:
+        world.pulse.tick()
         targets = batch.labels[batch.labels != IGNORE_INDEX]
         tokens += batch.num_targets
         text_bytes += int(lengths[targets].sum())

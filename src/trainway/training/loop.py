@@ -61,11 +61,14 @@ def fit(work: Work, state: TrainState) -> TrainState:
     saved_step, started, before = state.step, time.monotonic(), state.elapsed_s
     batches = work.loader.steps(state.step + 1, total + 1, config.data.prefetch_steps)
     work.meter.restart()
+    pulse = world.pulse
+    pulse.enter("data", state.step + 1)
     with _collector_out_of_the_way():
         try:
             for batch in batches:
                 # One collective tells every rank the divisor of the loss, whether any rank must stop, and how far a
                 # save under way is.
+                pulse.enter("agreement")
                 targets, tokens, stopping, written, failed = world.sum(
                     batch.num_targets, batch.num_tokens, work.stop.requested, *saver.progress()
                 )
@@ -78,9 +81,11 @@ def fit(work: Work, state: TrainState) -> TrainState:
 
                 step = batch.step
                 seed_step(config.seed, step, world.rank)
+                pulse.enter("forward and backward")
                 loss, *z_loss = _accumulate(work, batch, targets)
                 factor = lr_factor(config.schedule, step, total)
                 accept = _judge(guard, step, loss)
+                pulse.enter("optimizer step")
                 saver.before_update()
                 norm = work.learner.step(factor, config.train.max_grad_norm, accept)
                 if step == 1 and not guard.skipped:
@@ -118,6 +123,7 @@ def fit(work: Work, state: TrainState) -> TrainState:
                     work.meter.restart()
                 if work.geometry.steps_per_epoch and step % work.geometry.steps_per_epoch == 0:
                     stage("EPOCH", f"epoch {step // work.geometry.steps_per_epoch} ended at step {step}")
+                pulse.enter("data", step + 1)
             saver.finish()
         finally:
             batches.close()

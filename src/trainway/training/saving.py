@@ -68,6 +68,7 @@ class Saver:
             EnvironmentFault: the disk is full, read-only or failing; the checkpoints before stay as they were.
         """
         self.finish()
+        self.world.pulse.enter("checkpoint", long=True)
         with self._stall():
             directory = Path(self.world.from_main(self.world.together(lambda: self._begin(state))))
             if not self.asynchronous:
@@ -119,6 +120,7 @@ class Saver:
             EnvironmentFault, PeerFailed: as `advance`.
         """
         world = self.world
+        world.pulse.enter("end of a checkpoint", long=True)
         # ranks other than 0 do not hear of the end of a commit: for them a save is under way until the next one
         (under_way,) = world.sum(self._pending is not None)
         if not under_way:

@@ -33,6 +33,7 @@ from trainway.provenance import collect_provenance, config_hash
 from trainway.run_dir import RunDir
 from trainway.tracking import Trackers, open_trackers
 from trainway.tracking.jsonl import cut_after
+from trainway.training.pace import PaceWatch
 from trainway.training.progress import clock
 from trainway.training.runs import Resume, refuse_changed_settings, write_status
 from trainway.training.saving import STATE_FILE, STUDENT, Saver
@@ -66,6 +67,8 @@ class Session:
     geometry: Geometry
     resume: Resume
     allow_changes: bool
+    pace: PaceWatch | None
+    """What warns of a run that becomes slow."""
     preparing_s: float
     """For which this launch made the token store; 0 where it was ready."""
 
@@ -112,6 +115,7 @@ def begin_session(
         resume=resume,
         allow_changes=allow_changes,
         preparing_s=preparing_s,
+        pace=PaceWatch(config.watchdog, world.rank) if config.watchdog.enabled else None,
     )
     world.together(lambda: _check_agreement(world, session.data_hash, session.base_hash))
     world.together(lambda: _open_directory(session) if world.is_main else None)
@@ -226,6 +230,7 @@ def recorded_end(session: Session) -> Iterator[None]:
 def finish(session: Session, state: TrainState, save_stall_s: float, census: Census) -> RunResult:
     """Write report.json and the final status. `save_stall_s`: for which this launch waited for its saves."""
     world, run, seconds = session.world, session.run, state.elapsed_s
+    world.pulse.enter("end", long=True)
     report = {
         "world_size": world.world_size,
         "engine": engine_name(session.config, world),

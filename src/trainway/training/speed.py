@@ -13,6 +13,8 @@ from statistics import mean, median
 import torch
 
 from trainway.planning.arithmetic import peak_flops as data_sheet_flops
+from trainway.training.gpu import watch_gpu
+from trainway.training.pace import PaceWatch
 
 WARM_UP = 3
 """Steps at the beginning of a launch that say nothing of the others: memory is fetched, kernels are chosen."""
@@ -34,7 +36,11 @@ class Pace:
 class SpeedMeter:
     """Times optimiser steps over a short window, so that one slow step does not hide the usual speed."""
 
-    def __init__(self, flops_per_token: float, peak_flops: float, device: torch.device) -> None:
+    def __init__(
+        self, flops_per_token: float, peak_flops: float, device: torch.device, watch: PaceWatch | None = None
+    ) -> None:
+        """`watch`: told of every step, to warn of slow ones."""
+        self._watch, self._gpu = watch, watch_gpu(device)
         self.flops_per_token, self._peak, self._device = flops_per_token, peak_flops, device
         self._seconds: deque[float] = deque(maxlen=20)
         self._tokens: deque[float] = deque(maxlen=20)
@@ -60,7 +66,17 @@ class SpeedMeter:
         if self._peak:
             metrics["perf/mfu"] = tokens_per_s * self.flops_per_token / self._peak
         metrics["perf/memory_gib"] = peak_memory_gib(self._device)
+        utilization = self._gpu.share() if self._gpu is not None else None
+        if utilization is not None:
+            metrics["perf/gpu_utilization"] = utilization
+        if self._watch is not None:
+            self._watch.step(tokens / self._seconds[-1], utilization)
         return metrics
+
+    def forget(self) -> None:
+        """What follows is other work: its speed says nothing about what was before."""
+        if self._watch is not None:
+            self._watch.forget()
 
     @property
     def seconds_per_step(self) -> float:
