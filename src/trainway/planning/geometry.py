@@ -16,7 +16,7 @@ from trainway.planning.arithmetic import (
 )
 from trainway.planning.gad import gad_stages
 from trainway.planning.gad_memory import gad_memory
-from trainway.planning.memory import memory_bytes, staging_bytes
+from trainway.planning.memory import EngineName, memory_bytes, staging_bytes
 from trainway.planning.published import published_shape
 from trainway.planning.shapes import ModelShape, new_shape, shape_in
 
@@ -199,7 +199,7 @@ def plan_memory(
     engine = config.engine
     half = config.train.precision != "fp32" if half_precision is None else half_precision
     shards = shard_count(engine, geometry.world_size)
-    alone = "single" if geometry.world_size == 1 else "ddp"
+    whole: EngineName = "single" if geometry.world_size == 1 else "ddp"
     gad = config.recipe == "gad"
 
     def estimate(model: ModelShape, rows: int, length: int) -> MemoryEstimate:
@@ -214,7 +214,7 @@ def plan_memory(
             half_precision=half,
             on_cpu=on_cpu,
             shards=shards,
-            engine=engine.name if engine.name in ("fsdp", "zero2", "zero3") else alone,
+            engine=engine.name if engine.name in ("fsdp", "zero2", "zero3") else whole,
             cpu_offload=engine.cpu_offload,
             lora=config.lora,
             eager_attention=config.model.attention == "eager",
