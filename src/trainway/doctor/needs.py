@@ -161,11 +161,8 @@ def host_needs(config: RunConfig, ranks: int, world_size: int, *, on_cpu: bool) 
     shape = planned_shape(config)
     if shape is None:
         return None
-    estimate = plan_memory(config, shape, resolve_geometry(config, world_size))
-    one = estimate.host + (estimate.total if on_cpu else 0)
-    if config.checkpoint.async_save and not on_cpu:
-        one += estimate.weights + estimate.optimizer
-    return one * ranks
+    estimate = plan_memory(config, shape, resolve_geometry(config, world_size), on_cpu=on_cpu)
+    return (estimate.total if on_cpu else estimate.host) * ranks
 
 
 def check_geometry(config: RunConfig, ranks: int, environ: Mapping[str, str]) -> Iterator[Finding]:

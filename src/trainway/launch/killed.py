@@ -31,7 +31,6 @@ def killed_fault(config: RunConfig, world_size: int) -> EnvironmentFault:
     half = config.train.precision in ("bf16", "fp16")  # auto is fp32 on CPUs
     advice = oom_advice(config, shape, geometry, half_precision=half, on_cpu=True)
     cure = "; ".join(str(item) for item in advice[:4]) or "use fewer processes, or a machine with more memory"
-    takes = (
-        f"the plan: {describe_memory(config, shape, geometry, half_precision=half)}, of {world_size} ranks"
-    )
+    plan = describe_memory(config, shape, geometry, half_precision=half, on_cpu=True)
+    takes = f"the plan: {plan}, of {world_size} ranks"
     return EnvironmentFault(what, f"{usual}; {takes}", f"{AGAIN}; if it happens again: {cure}")

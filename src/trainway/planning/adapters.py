@@ -40,6 +40,17 @@ def count_adapters(shape: ModelShape, lora: LoraConfig) -> Adapted:
     return Adapted(adapters + copies, round(met) + copies, quantized if lora.quantize == "4bit" else 0)
 
 
+def adapted_ranks(shape: ModelShape, lora: LoraConfig, place: int) -> dict[str, int]:
+    """The linear modules of block `place` that have an adapter, by their names below it, with its rank."""
+    found = {}
+    for weight in shape.layers[place].weights:
+        module = weight.name.removesuffix(".weight")
+        whole = f"{shape.prefix}{place}.{module}"
+        if weight.kind == "linear" and _names_module(whole, lora, shape):
+            found[module] = _rank(whole, lora)
+    return found
+
+
 def _adapter_size(weight: Weight, lora: LoraConfig, shape: ModelShape) -> int:
     if _is_saved(weight, lora):
         return 0

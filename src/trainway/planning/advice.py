@@ -21,6 +21,9 @@ NAMES = {
     "activations": "activations",
     "logits": "loss",
     "gathered": "gathered shards",
+    "communication": "buffers of gradients",
+    "answers": "answers",
+    "staging": "copy for saving",
 }
 """What messages call the parts of an estimate."""
 
@@ -59,8 +62,7 @@ def oom_advice(
     world = ranks or geometry.world_size
 
     def bytes_of(other: RunConfig, sizes: Geometry) -> int:
-        memory = plan_memory(other, shape, sizes, half_precision=half_precision)
-        return memory.total + (memory.host if on_cpu else 0)
+        return plan_memory(other, shape, sizes, half_precision=half_precision, on_cpu=on_cpu).total
 
     now = bytes_of(config, geometry)
     found = [
@@ -72,10 +74,15 @@ def oom_advice(
 
 
 def describe_memory(
-    config: RunConfig, shape: ModelShape, geometry: Geometry, *, half_precision: bool | None = None
+    config: RunConfig,
+    shape: ModelShape,
+    geometry: Geometry,
+    *,
+    half_precision: bool | None = None,
+    on_cpu: bool = False,
 ) -> str:
     """The plan's estimate of one rank in one line: `about 42.22 GiB: weights 38.98, ...`."""
-    memory = plan_memory(config, shape, geometry, half_precision=half_precision)
+    memory = plan_memory(config, shape, geometry, half_precision=half_precision, on_cpu=on_cpu)
     parts = sorted(
         ((NAMES[key], value) for key, value in asdict(memory).items() if key in NAMES),
         key=lambda part: -part[1],

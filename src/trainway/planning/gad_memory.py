@@ -25,29 +25,28 @@ def gad_memory(
 
     `estimate`: of one model that takes so many tokens at once. A micro-batch is gad.tokens_per_gpu tokens, the
     discriminator has the student's body and no logits, and the reference is the student's trained weights in fp32,
-    spread as they are. While the student answers in the training's own processes, its weights are whole on each rank,
+    spread as they are; one model learns at a time, and gradients are dropped after its step. While the student answers in the training's own processes, its weights are whole on each rank,
     and rollout.batch_size answers have their keys and values there.
     """
     student = estimate(shape, config.gad.tokens_per_gpu)
-    if config.gad.stage == "seqkd":
-        models = [student]
-    else:
-        models = [student, replace(estimate(without_head(shape), config.gad.tokens_per_gpu), logits=0)]
-    states = {
-        name: sum(getattr(model, name) for model in models)
-        for name in ("weights", "gradients", "optimizer", "host")
-    }
+    models = [student]
+    if config.gad.stage != "seqkd":
+        models.append(replace(estimate(without_head(shape), config.gad.tokens_per_gpu), logits=0))
+    # of the model that does not learn at the moment, the states alone; buffers of gradients are kept, and so are their views
+    names = ["weights", "optimizer", "host"] + ["gradients", "communication"] * (student.communication > 0)
+    idle = {name: sum(getattr(model, name) for model in models) for name in names}
     if "adversarial" in stage_names(config.gad) and config.gad.kl_coef:
-        states["weights"] += FP32 * _trained(config, shape) // shards
-    learning = max(models, key=lambda model: model.activations + model.logits + model.gathered)
-    answering = _answering(config, shape, shards, 2 if half_precision else FP32)
-    held = learning.activations + learning.logits + learning.gathered
-    return MemoryEstimate(
-        **states,
-        activations=learning.activations,
-        logits=learning.logits,
-        gathered=learning.gathered + max(0, answering - held),
-    )
+        idle["weights"] += FP32 * _trained(config, shape) // shards
+    learning = replace(max(models, key=_computing), **idle)
+    nothing = MemoryEstimate(weights=0, gradients=0, optimizer=0, activations=0, logits=0)
+    answering = replace(
+        nothing, **idle, answers=_answering(config, shape, shards, 2 if half_precision else FP32)
+    )  # fmt: skip
+    return max(learning, answering, key=lambda phase: phase.total)
+
+
+def _computing(model: MemoryEstimate) -> int:
+    return model.gradients + model.activations + model.logits + model.gathered + model.communication
 
 
 def without_head(shape: ModelShape) -> ModelShape:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trainway.config.schema import EngineConfig, RunConfig, ScheduleConfig
@@ -12,11 +12,11 @@ from trainway.planning.arithmetic import (
     MemoryEstimate,
     count_parameters,
     flops_per_token,
-    memory_bytes,
     padded_vocab_size,
 )
 from trainway.planning.gad import gad_stages
 from trainway.planning.gad_memory import gad_memory
+from trainway.planning.memory import EngineName, memory_bytes, staging_bytes
 from trainway.planning.published import published_shape
 from trainway.planning.shapes import ModelShape, new_shape, shape_in
 
@@ -183,12 +183,24 @@ def planned_shape(config: RunConfig, vocab_size: int | None = None) -> ModelShap
 
 
 def plan_memory(
-    config: RunConfig, shape: ModelShape, geometry: Geometry, *, half_precision: bool | None = None
+    config: RunConfig,
+    shape: ModelShape,
+    geometry: Geometry,
+    *,
+    half_precision: bool | None = None,
+    on_cpu: bool = False,
 ) -> MemoryEstimate:
-    """Bytes of one rank. `half_precision`: empty follows train.precision, `auto` counting as bf16."""
+    """Bytes of one rank at the highest point of a step.
+
+    Args:
+        half_precision: empty follows train.precision, `auto` counting as bf16.
+        on_cpu: the run computes on the CPU, with our own blocks in fp32 and one memory for everything.
+    """
     engine = config.engine
     half = config.train.precision != "fp32" if half_precision is None else half_precision
     shards = shard_count(engine, geometry.world_size)
+    whole: EngineName = "single" if geometry.world_size == 1 else "ddp"
+    gad = config.recipe == "gad"
 
     def estimate(model: ModelShape, rows: int, length: int) -> MemoryEstimate:
         return memory_bytes(
@@ -196,19 +208,27 @@ def plan_memory(
             micro_batch_size=rows,
             seq_len=length,
             loss_chunk_tokens=config.train.loss_chunk_tokens,
+            accumulates=gad or geometry.grad_accum_steps > 1,
             optimizer=config.optim.name,
             checkpointing=config.train.activation_checkpointing,
             half_precision=half,
+            on_cpu=on_cpu,
             shards=shards,
-            engine=engine.name if engine.name in ("zero2", "zero3") else "fsdp",
+            engine=engine.name if engine.name in ("fsdp", "zero2", "zero3") else whole,
             cpu_offload=engine.cpu_offload,
             lora=config.lora,
             eager_attention=config.model.attention == "eager",
+            documents=config.data.packing == "documents",
         )
 
-    if config.recipe == "gad":
-        return gad_memory(config, shape, shards or 1, half, lambda model, tokens: estimate(model, 1, tokens))
-    return estimate(shape, geometry.micro_batch_size, geometry.seq_len)
+    if gad:
+        found = gad_memory(config, shape, shards or 1, half, lambda model, tokens: estimate(model, 1, tokens))
+    else:
+        found = estimate(shape, geometry.micro_batch_size, geometry.seq_len)
+    if not config.checkpoint.async_save:
+        return found
+    staged = staging_bytes(config, shape, shards or 1)
+    return replace(found, staging=staged) if on_cpu else replace(found, host=found.host + staged)
 
 
 def describe_plan(

@@ -240,7 +240,7 @@ def plan_on(
     precision = planned_precision(config, gpu)
     half = precision != "fp32"
     measured = nearest(basis.measurements, gpu, work_of(config, model, world, precision))
-    memory = memory or plan_memory(config, model.shape, geometry, half_precision=half)
+    memory = memory or plan_memory(config, model.shape, geometry, half_precision=half, on_cpu=gpu.is_cpu)
     headroom = judge(
         config, model, memory, gpu, num_gpus=num_gpus, world_size=world, half=half, measured=measured
     )  # fmt: skip

@@ -61,9 +61,8 @@ def planned_bytes(session: Session, built: RunModel) -> int:
     shape = run_shape(session)
     if shape is None:
         return 0
-    half = built.precision != "fp32"
-    memory = plan_memory(session.config, shape, session.geometry, half_precision=half)
-    return memory.total + (memory.host if session.world.device.type == "cpu" else 0)
+    half, on_cpu = built.precision != "fp32", session.world.device.type == "cpu"
+    return plan_memory(session.config, shape, session.geometry, half_precision=half, on_cpu=on_cpu).total
 
 
 def over_ranks(world: World, value: float) -> list[float]:

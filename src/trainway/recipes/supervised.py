@@ -199,7 +199,9 @@ def _describe(session: Session, built: RunModel, peak: str) -> None:
         stage("MODEL", note)
     stage("MODEL", f"{built.flops_per_token:,.0f} FLOPs per token, {built.precision}, {peak}")
     if (shape := run_shape(session)) is not None:
-        memory = plan_memory(config, shape, geometry, half_precision=built.precision != "fp32")
+        on_cpu = world.device.type == "cpu"
+        half = built.precision != "fp32"
+        memory = plan_memory(config, shape, geometry, half_precision=half, on_cpu=on_cpu)
         stage("MODEL", f"about {memory.total / 2**30:.2f} GiB per rank")
     stage("DDP", f"{engine_name(config, world)} on {world.world_size} process(es), {world.device}")
     batch = f"{geometry.micro_batch_size} rows x {geometry.grad_accum_steps} micro-batches x {world.world_size} ranks"

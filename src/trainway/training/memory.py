@@ -55,11 +55,12 @@ def memory_fault(
             "lower train.micro_batch_size with more train.grad_accum_steps, train.seq_len, or set "
             "train.activation_checkpointing=full",
         )
-    advice = oom_advice(config, shape, geometry, half_precision=half, on_cpu=world.device.type == "cpu")
+    on_cpu = world.device.type == "cpu"
+    advice = oom_advice(config, shape, geometry, half_precision=half, on_cpu=on_cpu)
     best = [str(item) for item in advice[:MOST_ADVICE]]
     return EnvironmentFault(
         f"rank {world.rank}: {where} is full{_asked_for(str(error))}",
-        f"the plan: {describe_memory(config, shape, geometry, half_precision=half)}",
+        f"the plan: {describe_memory(config, shape, geometry, half_precision=half, on_cpu=on_cpu)}",
         "; ".join(best)
         if best
         else "use a device with more memory, a smaller model, or more ranks with engine.name=fsdp",

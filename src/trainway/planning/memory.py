@@ -1,0 +1,371 @@
+"""The bytes that a training step takes on one rank: what is held in each of its phases, and the phase that holds most (no torch).
+
+A step has four phases: the loss at the end of a forward pass, the loss's own backward pass, the blocks' backward pass, and
+what is left when it reaches the embedding, beside which the optimiser's step takes nothing new. What autograd keeps is
+counted as the models' code saves it; `docs/memory.md` says how it was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from trainway.config.schema import LoraConfig, ModelConfig, RunConfig
+from trainway.planning.adapters import adapted_ranks, count_adapters
+from trainway.planning.arithmetic import FP32, MemoryEstimate, as_shape
+from trainway.planning.shapes import Layer, ModelShape, Weight
+
+EngineName = Literal["single", "ddp", "fsdp", "zero2", "zero3"]
+SHARDED = ("fsdp", "zero2", "zero3")
+
+FUSED: dict[str, frozenset[str]] = {
+    "gpt_oss": frozenset({"RMSNorm"}),
+    "phi3": frozenset({"RMSNorm"}),
+    "mixtral": frozenset({"RMSNorm", "Attention"}),
+    "olmo2": frozenset({"RMSNorm", "MLP"}),
+    "smollm3": frozenset({"RMSNorm", "MLP"}),
+    **dict.fromkeys(
+        ("granite", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe"),
+        frozenset({"RMSNorm", "MLP", "Attention"}),
+    ),
+}
+"""What `models.fused` replaces in fp32 on a CPU, by family: such a norm keeps its input and not the normalised one, such a
+feed-forward layer not what its activation gave."""
+
+CPU_CHUNK_LOGITS = 2**22
+"""As `losses.CPU_CHUNK_LOGITS`."""
+BUCKET = 50_000_000
+"""Elements of a buffer in which DeepSpeed collects gradients; as `engines.ds_config.BUCKET`."""
+
+
+class Step(NamedTuple):
+    """How one rank computes a step."""
+
+    tokens: int
+    """Of a micro-batch."""
+    seq_len: int
+    chunk_tokens: int
+    accumulates: bool
+    """A step has more than one micro-batch: gradients are there while the next one is computed."""
+    checkpointing: str
+    half: bool
+    on_cpu: bool
+    eager: bool
+    documents: bool
+    """Rows hold several documents, which attention on a CPU computes apart."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number in matrix products."""
+        return 2 if self.half else FP32
+
+
+def memory_bytes(
+    model: ModelConfig | ModelShape,
+    vocab_size: int | None = None,
+    *,
+    micro_batch_size: int,
+    seq_len: int,
+    loss_chunk_tokens: int,
+    accumulates: bool = True,
+    optimizer: Literal["adamw", "muon"] = "adamw",
+    checkpointing: Literal["none", "selective", "full"] = "none",
+    half_precision: bool = False,
+    on_cpu: bool = False,
+    shards: int | None = None,
+    engine: EngineName = "single",
+    cpu_offload: Literal["none", "optimizer", "all"] = "none",
+    lora: LoraConfig | None = None,
+    eager_attention: bool = False,
+    documents: bool = True,
+) -> MemoryEstimate:
+    """Bytes of one rank at the highest point of a step: fp32 weights, and `half_precision` for autocast to bf16 or fp16.
+
+    `accumulates`: a step has several micro-batches. `shards`: ranks over which fsdp, zero2 or zero3 cuts the states. An
+    enabled `lora` freezes the model, which then is held in the type of the arithmetic. DeepSpeed holds weights in that
+    type too, and an fp32 copy beside the moments. `eager_attention` keeps the scores of all pairs of tokens of a row;
+    `documents`: rows may hold several. What is no tensor comes on top: on a GPU the CUDA context and the allocator's
+    slack, about 1 GiB; on a CPU the libraries, about 0.4 GiB.
+    """
+    shape = as_shape(model, vocab_size)
+    tuned = lora if lora is not None and lora.enabled else None
+    tokens = micro_batch_size * seq_len
+    step = Step(
+        tokens, seq_len, loss_chunk_tokens, accumulates, checkpointing, half_precision, on_cpu, eager_attention, documents
+    )  # fmt: skip
+    states = States.of(shape, optimizer, tuned, step, engine, shards or 1)
+    peak = max(_phases(shape, step, states, tuned, engine), key=lambda phase: phase.total)
+    return states.offloaded(peak, engine, "none" if on_cpu else cpu_offload)
+
+
+def staging_bytes(config: RunConfig, shape: ModelShape, shards: int) -> int:
+    """The copy of this rank's trained weights and optimiser state that an asynchronous save writes from."""
+    adapted = config.lora.enabled
+    trained = (
+        count_adapters(shape, config.lora).trainable if adapted else sum(w.size for w in shape.weights())
+    )
+    models = 2 if config.recipe == "gad" and config.gad.stage != "seqkd" else 1
+    moments = 2 * trained * FP32
+    if config.optim.name == "muon" and not adapted:
+        moments -= sum(layer.matrices for layer in shape.layers) * FP32
+    return models * (trained * FP32 + moments) // shards
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes on this rank of what outlives a micro-batch, and of what sharing it takes while computing."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    copies: int
+    """Of the blocks' weights in the type of the arithmetic, which autocast keeps for a micro-batch."""
+    gathered: int
+    """Of weights and gradients that lie elsewhere, at most at once."""
+    buffers: int
+    """In which gradients travel."""
+
+    @classmethod
+    def of(
+        cls, shape: ModelShape, optimizer: str, lora: LoraConfig | None, step: Step, engine: str, shards: int
+    ) -> States:
+        total = sum(weight.size for weight in shape.weights())
+        matrices = [layer.matrices for layer in shape.layers]
+        trainable, weights = total, total * FP32
+        deepspeed = engine in ("zero2", "zero3")
+        if lora is not None:
+            adapted = count_adapters(shape, lora)
+            trainable = adapted.trainable
+            frozen = (total - adapted.quantized) * step.size
+            frozen += -(-adapted.quantized * 33 // 64)  # 4 bits, and a byte of scale for 64 of them
+            weights = frozen + trainable * (step.size if deepspeed else FP32)
+        elif deepspeed:
+            weights = total * step.size
+        moments = 2 * trainable * FP32
+        if optimizer == "muon" and lora is None:
+            moments -= sum(matrices) * FP32  # one momentum, no second moment
+        if deepspeed:
+            moments += trainable * FP32
+        casts = step.half and lora is None and engine in ("single", "ddp")
+        return cls(
+            weights=weights if engine not in ("fsdp", "zero3") else weights // shards,
+            gradients=trainable * FP32 // (shards if engine in SHARDED else 1),
+            optimizer=moments // (shards if engine in SHARDED else 1),
+            copies=2 * sum(matrices) if casts else 0,
+            gathered=_gathered(total - sum(matrices), max(matrices), lora is not None, step, engine),
+            buffers=_buffers(trainable, step, engine),
+        )
+
+    def offloaded(self, peak: MemoryEstimate, engine: str, offload: str) -> MemoryEstimate:
+        """With what the CPU holds moved to its memory."""
+        if engine not in SHARDED or offload == "none":
+            return peak
+        host = self.gradients + self.optimizer
+        peak = replace(peak, gradients=0, optimizer=0)
+        if engine in ("fsdp", "zero3") and offload == "all":
+            host += self.weights
+            peak = replace(peak, weights=0)
+        return replace(peak, host=host)
+
+
+def _gathered(outside: int, block: int, frozen: bool, step: Step, engine: str) -> int:
+    if engine == "zero2":  # gradients of two blocks before they are reduced
+        return 0 if frozen else 2 * block * FP32
+    if engine not in ("fsdp", "zero3"):
+        return 0
+    # what lies outside the blocks stays for the whole pass; of the blocks this one and the next
+    if frozen:
+        return step.size * outside + 2 * block * step.size
+    both = 2 * block * (step.size + FP32)
+    return both + outside * (2 * FP32 if engine == "fsdp" else step.size + FP32)
+
+
+def _buffers(trainable: int, step: Step, engine: str) -> int:
+    match engine:
+        case (
+            "ddp"
+        ):  # gradients are views of its buckets; those of a step's first micro-batches lie beside them
+            return trainable * FP32 if step.accumulates else 0
+        case "zero2":
+            return 2 * min(BUCKET, trainable) * step.size
+        case "zero3":
+            return min(BUCKET, trainable) * step.size
+    return 0
+
+
+def _phases(
+    shape: ModelShape, step: Step, states: States, lora: LoraConfig | None, engine: str
+) -> Iterator[MemoryEstimate]:
+    tokens = step.tokens
+    kept = Kept.of(shape, step, lora)
+    head = 0 if lora is not None else shape.vocab_size * shape.hidden_size * FP32
+    hidden = tokens * shape.hidden_size * FP32
+    there = (
+        step.accumulates or engine == "ddp"
+    )  # gradients, before this backward pass has made any; DDP keeps its buckets
+    base = MemoryEstimate(
+        weights=states.weights,
+        gradients=states.gradients if there else 0,
+        optimizer=states.optimizer,
+        activations=tokens * kept.all + states.copies,
+        logits=0,
+        gathered=states.gathered,
+        communication=states.buffers,
+    )
+    yield replace(
+        base, activations=base.activations + tokens * kept.last, logits=_loss_bytes(shape, step, head)
+    )
+    # the gradients that the forward pass has made, multiplied by what comes from above
+    yield replace(base, logits=2 * (hidden + head))
+    # a head that is tied to the embedding hands its gradient over when that has its own
+    waiting = head if shape.tie_embeddings else 0
+    yield replace(base, logits=waiting, activations=base.activations + tokens * kept.pulled)
+    embedding = head * (1 + there if shape.tie_embeddings else int(there))
+    yield replace(
+        base, gradients=states.gradients, logits=embedding, activations=tokens * kept.first + states.copies
+    )
+
+
+def _loss_bytes(shape: ModelShape, step: Step, head: int) -> int:
+    """What `losses.linear_cross_entropy` holds while it computes the last chunk of logits."""
+    vocab, hidden, tokens = shape.vocab_size, shape.hidden_size, step.tokens
+    chunk = min(tokens, step.chunk_tokens)
+    if step.on_cpu:
+        chunk = min(chunk, max(1, CPU_CHUNK_LOGITS // vocab))
+    held = tokens * hidden * step.size + head  # gradients of hidden states and head
+    if step.on_cpu:
+        held += tokens * hidden * FP32  # the rows that have a target, picked out
+    if step.half:
+        held += tokens * hidden * 2  # the hidden states
+        held += 2 * head // FP32 * 2  # the head, and a chunk's gradient of it
+    # a CPU turns fp32 logits into probabilities where they lie; else they are there as the product gave them, as fp32
+    # log-probabilities and, in half precision, as what the product takes
+    return held + chunk * vocab * (FP32 if step.on_cpu and not step.half else 2 * FP32)
+
+
+class Kept(NamedTuple):
+    """Bytes of one token that autograd keeps, or that are there for a moment."""
+
+    all: int
+    """From the forward pass, at the moment when the last block is about to go back."""
+    last: int
+    """The last norm's output, which the loss reads."""
+    pulled: int
+    """Gradients within one block."""
+    first: int
+    """Of the first block: what is left of all when its backward pass ends."""
+
+    @classmethod
+    def of(cls, shape: ModelShape, step: Step, lora: LoraConfig | None) -> Kept:
+        stream = step.size if lora is not None else FP32
+        blocks = [_block(shape, layer, step, lora, place) for place, layer in enumerate(shape.layers)]
+        last = _norm(shape, step, lora, _fuses(shape, step, "RMSNorm"))
+        angles = 2 * FP32 * shape.head_dim  # cosines and sines, for all blocks
+        ids = 3 * 8
+        match step.checkpointing:
+            case "full":
+                kept = len(blocks) * stream * shape.hidden_size + max(block.all for block in blocks)
+            case "selective":
+                most = max(block.all - block.products for block in blocks)
+                kept = sum(stream * shape.hidden_size + block.products for block in blocks) + most
+            case _:
+                kept = sum(block.all for block in blocks)
+        return cls(
+            all=kept + last + angles + ids,
+            last=stream * shape.hidden_size,
+            pulled=max(block.pulled for block in blocks) if blocks else 0,
+            first=stream * shape.hidden_size + angles + ids,
+        )
+
+
+class _Block(NamedTuple):
+    all: int
+    products: int
+    """What matrix products and attention gave."""
+    pulled: int
+
+
+def _block(shape: ModelShape, layer: Layer, step: Step, lora: LoraConfig | None, place: int) -> _Block:
+    heads, kv_heads, width, hidden = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.hidden_size
+    size = step.size
+    attended = size * width * (2 * heads + 2 * kv_heads) + FP32 * heads  # q, k, v, out and the logsumexp
+    if step.eager:
+        attended += heads * step.seq_len * (FP32 + (size if step.half else 0))
+    norms = sum(_is_norm(weight, shape) for weight in layer.weights)
+    kept = max(norms, 1) * _norm(shape, step, lora, _fuses(shape, step, "RMSNorm")) + attended
+    names = {weight.name for weight in layer.weights}
+    if "self_attn.q_norm.weight" in names:
+        fused = _fuses(shape, step, "RMSNorm")
+        kept += (FP32 if fused else FP32 + (size if lora is None else 0)) * width * (heads + kv_heads)
+    kept += _inputs(shape, layer, step, lora, place) + size * _feed_forward(shape, layer, step)
+    products = attended + size * (2 * hidden + layer.products)
+    inner = layer.products // 2 if layer.products else 0
+    # the feed-forward layer's two gradients beside that of its product, and two of the residual stream
+    pulled = size * 2 * inner + 2 * FP32 * hidden
+    return _Block(kept, products, pulled)
+
+
+def _norm(shape: ModelShape, step: Step, lora: LoraConfig | None, fused: bool) -> int:
+    """Input of a norm in fp32, and unless fused the normalised one, which only a trained weight needs."""
+    return shape.hidden_size * (FP32 if fused or lora is not None else 2 * FP32)
+
+
+def _feed_forward(shape: ModelShape, layer: Layer, step: Step) -> int:
+    """Values that the layer itself keeps, without the input of its last matrix product."""
+    if _is_mixture(layer):
+        return layer.kept
+    inner = layer.products // 2 if layer.kept == 2 * layer.products else layer.products
+    own = layer.kept - inner
+    return own - inner if _fuses(shape, step, "MLP") and layer.kept == 2 * layer.products else own
+
+
+def _inputs(shape: ModelShape, layer: Layer, step: Step, lora: LoraConfig | None, place: int) -> int:
+    """Bytes of what matrix products read, kept for the gradients of their weights or adapters."""
+    ranks = adapted_ranks(shape, lora, place) if lora is not None else {}
+    seen: set[str] = set()
+    total = 0
+    for weight in layer.weights:
+        module = weight.name.removesuffix(".weight")
+        if weight.kind != "linear" or (lora is not None and module not in ranks):
+            continue
+        source = _source(module)
+        total += step.size * ranks.get(module, 0)
+        if step.half and (lora is not None or source.endswith("norm")):
+            total += step.size * _width(shape, weight)  # autocast, and peft, make a copy for each
+        elif source not in seen:
+            seen.add(source)
+            total += step.size * _width(shape, weight) * (source != "attention" or _joins(step))
+    return total
+
+
+def _source(module: str) -> str:
+    """What a matrix product reads."""
+    name, attends = module.rpartition(".")[2], "attn" in module
+    if name in ("o_proj", "c_proj") and attends:
+        return "attention"
+    if name in ("down_proj", "c_proj"):
+        return "product"
+    return "attention norm" if attends else "feed-forward norm"
+
+
+def _joins(step: Step) -> bool:
+    """Attention keeps its output once; on a CPU what each document has given is joined to another."""
+    return step.on_cpu and step.documents
+
+
+def _width(shape: ModelShape, weight: Weight) -> int:
+    return weight.shape[0] if shape.family == "gpt2" else weight.shape[1]  # its matrices are [in, out]
+
+
+def _is_mixture(layer: Layer) -> bool:
+    return any(weight.kind == "experts" for weight in layer.weights)
+
+
+def _fuses(shape: ModelShape, step: Step, part: str) -> bool:
+    return step.on_cpu and not step.half and part in FUSED.get(shape.family, ())
+
+
+def _is_norm(weight: Weight, shape: ModelShape) -> bool:
+    owner, _, part = weight.name.rpartition(".")
+    return part == "weight" and weight.shape == (shape.hidden_size,) and "self_attn." not in owner
