@@ -47,7 +47,7 @@ class Measurement:
     precision: str
     """fp32, bf16 or fp16."""
     flops_per_step: float
-    """Of all ranks."""
+    """Of all ranks; 0 where they are not counted, as in gad: such a measurement tells of memory alone."""
     step_s: float
     """Median."""
     tokens_per_step: float
@@ -189,6 +189,6 @@ def _parse(content: Any) -> Measurement:
             raise TypeError(f"{field.name} is {value!r}")
     found = Measurement(**{field.name: content[field.name] for field in fields(Measurement)})
     sizes = (found.world_size, found.parameters, found.micro_batch_size, found.seq_len)
-    if min(sizes) < 1 or not (found.step_s > 0 and math.isfinite(found.step_s)) or found.flops_per_step <= 0:
-        raise ValueError("its sizes, seconds and FLOPs must be above 0")
+    if min(sizes) < 1 or not (found.step_s > 0 and math.isfinite(found.step_s)) or found.flops_per_step < 0:
+        raise ValueError("its sizes and seconds must be above 0, its FLOPs not below")
     return found

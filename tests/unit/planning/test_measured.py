@@ -89,6 +89,13 @@ def test_a_bad_file_is_passed_over_with_a_warning(
     assert "bad.json is passed over" in said and why in said
 
 
+def test_a_step_without_counted_flops_tells_of_memory_alone(tmp_path: Path) -> None:
+    uncounted = replace(ONE, recipe="gad", flops_per_step=0.0)
+    record(uncounted, tmp_path)
+    assert load_measurements(tmp_path) == [uncounted]
+    assert uncounted.mfu(find_gpu("H200")) == 0.0
+
+
 def test_keys_of_a_later_version_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "new.json").write_text(json.dumps(asdict(ONE) | {"later": 1}))
     assert load_measurements(tmp_path) == [ONE]
