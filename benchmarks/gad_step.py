@@ -1,12 +1,13 @@
 """A whole adversarial step against TRL's GRPO step with a callable reward, at equal prompts, answers and lengths.
 
-python benchmarks/gad_step.py [--rounds 3] [--steps 8] [--layers 8]
+python benchmarks/gad_step.py [--rounds 3] [--steps 8] [--layers 8] [--shared]
 
 Both train SmolLM2-135M's first layers (fp32, fused AdamW, KL to a frozen reference) on the same prompts: 8 a step, 8 answers
 each, every answer exactly 48 tokens (no end token counts). TRL samples with transformers' generate and asks a callable for
 the rewards, which costs nothing; our step trains a discriminator of the student's size as well, and takes its rewards from there.
 Seconds are medians over the steps after the second; arms are interleaved in fresh processes, ratios paired within a round. Two
 ratios are printed: of the whole step, discriminator included, and of what both do (answers and the student's update).
+`--shared` is for a machine with other work on it: one thread, and the processor's time instead of the clock's.
 """
 
 from __future__ import annotations
@@ -39,21 +40,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--shared", action="store_true", help="one thread, processor time")
     parser.add_argument("--arm", nargs=2, metavar=("ARM", "SETTINGS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.arm:
-        print(json.dumps(_RUN[options.arm[0]](json.loads(options.arm[1]))))
+        settings = json.loads(options.arm[1])
+        if settings["shared"]:
+            time.perf_counter = time.process_time  # what both arms read
+        print(json.dumps(_RUN[options.arm[0]](settings)))
         return
+    threads = 1 if options.shared else THREADS
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
-    print(f"{packages}, {THREADS} threads", flush=True)
+    clock = "processor time" if options.shared else "wall time"
+    print(f"{packages}, {threads} threads, {clock}", flush=True)
     whole, common = [], []
     with tempfile.TemporaryDirectory() as scratch:
         make_material(Path(scratch), options.layers)
         for number in range(options.rounds):
             found = {}
             for arm in ("trainway", "trl") if number % 2 == 0 else ("trl", "trainway"):
-                settings = {"dir": scratch, "steps": options.steps, "out": f"{scratch}/{arm}-{number}"}
-                found[arm] = run_process(__file__, "--arm", arm, json.dumps(settings), threads=THREADS)
+                settings = {"dir": scratch, "steps": options.steps, "out": f"{scratch}/{arm}-{number}",
+                            "threads": threads, "shared": options.shared}  # fmt: skip
+                found[arm] = run_process(__file__, "--arm", arm, json.dumps(settings), threads=threads)
                 print(f"round {number + 1} {arm}: {show(found[arm])}", flush=True)
             whole.append(found["trl"]["step"] / found["trainway"]["step"])
             common.append(
@@ -102,7 +110,7 @@ def run_trainway(settings: dict[str, Any]) -> dict[str, float]:
                  "max_prompt_tokens": 256, "max_response_tokens": LENGTH},
         "gad": {"warmup_steps": 1, "adversarial_steps": steps, "discriminator_only_steps": 1, "tokens_per_gpu": 2048},
         "rollout": {"num_per_prompt": GROUP, "batch_size": PROMPTS * GROUP},
-        "train": {"global_batch_size": PROMPTS, "num_threads": THREADS, "precision": "fp32"},
+        "train": {"global_batch_size": PROMPTS, "num_threads": settings["threads"], "precision": "fp32"},
         "optim": {"lr": 1e-6, "betas": [0.9, 0.999], "weight_decay": 0.0},
         "schedule": {"name": "constant", "warmup_steps": 0},
         "checkpoint": {"save_every": 1000}, "eval": {"every": 1000, "num_prompts": 1, "num_samples": 0},
@@ -126,7 +134,7 @@ def run_trl(settings: dict[str, Any]) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(settings["threads"])
     root, ends = Path(settings["dir"]), []
     tokenizer = AutoTokenizer.from_pretrained(root / "model")
     model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32)

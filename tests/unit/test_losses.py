@@ -361,3 +361,15 @@ def test_at_most_a_chunk_of_logits_is_alive(form):
     with _Sizes() as sizes:
         _plain_log_probs(*inputs, torch.zeros(1000), labels, 0.7, form)
     assert (64, 1000) in sizes.shapes
+
+
+def test_an_impossible_token_adds_nothing_to_the_entropy() -> None:
+    hidden, weight = torch.randn(5, 8), torch.randn(11, 8)
+    bias = torch.zeros(11)
+    bias[7] = -torch.inf
+    labels = torch.tensor([0, 1, 2, 3, 4])
+    found = linear_log_probs(hidden, weight, labels, 2, bias=bias)
+    possible = [token for token in range(11) if token != 7]
+    expected = linear_log_probs(hidden, weight[possible], labels, 2)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
