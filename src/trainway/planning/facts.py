@@ -9,7 +9,7 @@ from functools import cached_property
 
 from trainway.config.schema import LoraConfig
 from trainway.planning.arithmetic import ParameterCount, count_parameters, flops_per_token
-from trainway.planning.shapes import FAMILIES, ModelShape
+from trainway.planning.shapes import ModelShape, is_mixture
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class Model:
 
     @property
     def is_mixture(self) -> bool:
-        return self.shape.family in FAMILIES and bool(FAMILIES[self.shape.family].experts)
+        return is_mixture(self.shape.family)
 
     @cached_property
     def matrices(self) -> int:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from trainway.files import atomic_write
 from trainway.planning.gpus import Gpu, gpu_of_device
+from trainway.planning.shapes import is_mixture
 
 log = logging.getLogger(__name__)
 
@@ -138,13 +139,6 @@ def nearest(measurements: Iterable[Measurement], gpu: Gpu, work: Work) -> Measur
         return None
     newest_first = sorted(scored, key=lambda pair: pair[1].date, reverse=True)
     return min(newest_first, key=lambda pair: pair[0])[1]
-
-
-def is_mixture(family: str) -> bool:
-    """True for a family of planning.shapes whose blocks hold experts."""
-    from trainway.planning.shapes import FAMILIES
-
-    return family in FAMILIES and bool(FAMILIES[family].experts)
 
 
 def _bare(gpu: Gpu) -> Gpu | None:

@@ -252,6 +252,12 @@ FAMILIES: dict[str, Family] = {
 }
 """Families by transformers' model_type. GPT-2, whose names are all different, is read apart."""
 
+
+def is_mixture(family: str) -> bool:
+    """True for a family whose blocks hold experts."""
+    return family in FAMILIES and bool(FAMILIES[family].experts)
+
+
 _DEFAULT_ON = {"qkv_bias", "use_bias"}
 """Keys of biases that are there when a config.json does not say."""
 
