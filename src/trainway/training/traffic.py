@@ -45,9 +45,10 @@ def measure_traffic(stopped: profile, device: torch.device, steps: int) -> Traff
     talking = [_span(event) for event in on_device if event.name.startswith(_COLLECTIVES)]
     working = [_span(event) for event in on_device if _computes(event.name, device)]
     busy, computing = union(talking), union(working)
-    hidden = length(busy) + length(computing) - length(union([*busy, *computing]))
+    alone = length(union([*busy, *computing])) - length(computing)
+    exposed = min(max(alone, 0.0), length(busy))  # sums of spans round apart by their last digit
     scale = 1e-6 / steps  # the profiler's spans are in microseconds
-    return Traffic(length(busy) * scale, (length(busy) - hidden) * scale)
+    return Traffic(length(busy) * scale, exposed * scale)
 
 
 def union(spans: Iterable[Span]) -> list[Span]:
