@@ -10,9 +10,9 @@ from trainway.config.schema import NonNegativeInt, Section
 
 TargetName = Literal["local", "ssh", "runpod", "kubernetes"]
 Port = Annotated[int, Field(ge=1, le=65535)]
-JobName = Annotated[str, StringConstraints(pattern=r"\A[a-z0-9]([a-z0-9-]{0,43}[a-z0-9])?\Z")]
+JobName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,43}[a-z0-9])?$")]
 """A label of DNS, short enough for what Kubernetes hangs on to it: the name of a pod, a directory and a host."""
-VariableName = Annotated[str, StringConstraints(pattern=r"\A[A-Za-z_][A-Za-z0-9_]{0,127}\Z")]
+VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
 
 IMAGE = "runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404"
 """An image of RunPod's with CUDA, Python and sshd; Trainway comes on to it by `trainway bootstrap`."""
