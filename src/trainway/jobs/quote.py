@@ -95,12 +95,13 @@ def describe(job: Job, found: Quote) -> str:
             continue
         time = "time not known" if offer.hours is None else f"{offer.hours:.3g} hours"
         rate = f"${offer.dollars_per_hour:.2f} an hour" if offer.dollars_per_hour else "no price by the hour"
-        total = "" if not offer.dollars else f", ${offer.dollars:,.2f} in all"
+        total = f", ${offer.dollars:,.2f} in all" if offer.dollars else ""
         lines.append(f"{name}: {time}, {rate}{total}")
     if found.unknown:
         lines.append(f"  not planned: {found.unknown}")
     hours, dollars = job.orders.limits.hours, job.orders.limits.dollars
-    ends = [f"{hours:.3g} hours"] * (hours is not None) + [f"${dollars:,.2f}"] * (dollars is not None)
+    ends = [f"{hours:.3g} hours"] if hours else []
+    ends += [f"${dollars:,.2f}"] if dollars else []
     if ends:
         lines.append(f"  ended in any case after {' or '.join(ends)}")
     return "\n".join(lines)
