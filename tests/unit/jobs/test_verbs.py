@@ -170,6 +170,20 @@ def test_uploads_that_are_not_here_stop_it_before_anything(target: MemoryTarget,
     assert list_records() == [] and target.machines == {}
 
 
+def test_a_secret_that_is_not_set_here_stops_it_before_anything(
+    target: MemoryTarget, job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.write_text(job.read_text() + "secrets: {WANDB_API_KEY: MY_KEY}\n")
+    monkeypatch.delenv("MY_KEY", raising=False)
+    with pytest.raises(EnvironmentFault, match="MY_KEY is not set"):
+        up(job)
+    assert list_records() == [] and target.machines == {}
+    monkeypatch.setenv("MY_KEY", "canary-0123456789")
+    record = up(job)
+    assert record is not None
+    assert all("canary" not in path.read_text() for path in records_dir().glob("*.json"))
+
+
 def test_a_dry_run_writes_nothing(
     target: MemoryTarget, job: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
