@@ -2,9 +2,10 @@
 
 python benchmarks/plan_memory.py [--case NAME ...] [--allocator returning|default] [--material DIR] [--list | --plan]
 
-A case is a real run of two steps on the Python standard library, by the recipe's own means. Each of its ranks is a process
-of its own, forked from one that has imported everything and trained a tiny model once. Measured is the process's VmHWM above
-its VmRSS right before the model is built, the highest rank. `returning` holds glibc's threshold of mapped blocks at its first value,
+A case is a real run of three steps on the Python standard library, by the recipe's own means. Each of its ranks is a process
+of its own, forked from one that has imported everything and trained small models. Measured is the process's VmHWM from the
+moment that the weights are there, above its VmRSS right before it is built, the highest rank: pages of model files, which the
+kernel maps while they are read and takes back when it likes, do not count. `returning` holds glibc's threshold of mapped blocks at its first value,
 128 KiB, so that what is freed leaves the process; `default` is what a run does by itself: glibc keeps freed blocks, and its peak depends on how
 they happen to fit into each other.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import os
 import socket
 import sys
@@ -60,7 +62,7 @@ CASES: dict[str, dict[str, Any]] = {
     "4M fsdp sft lora": _case("4M", "8x512x1", "sft", lora=LORA, **FSDP),
     "qwen3 4M": _case("qwen3 4M", "8x512x1"),
     "4M sft, padded": _case("4M", "32x128x1", "sft", data__packing="none"),
-    "4M sft, eager attention": _case("4M", "4x512x1", "sft", model__attention="eager", data__packing="none"),
+    "4M sft, eager attention": _case("4M", "16x128x1", "sft", model__attention="eager", data__packing="none"),
     "20M, muon": _case("20M", "1x256x1", optim__name="muon"),
     "50M sft lora, all linear": _case("50M", "2x128x1", "sft", lora=WIDE),
     "20M ddp, one micro-batch": _case("20M", "1x256x1", **DDP),
@@ -71,7 +73,7 @@ CASES: dict[str, dict[str, Any]] = {
     "4M ddp sft lora": _case("4M", "4x512x1", "sft", lora=LORA, **DDP),
     "42M fsdp, one micro-batch": _case("42M", "1x128x1", **FSDP),
     "4M, rows without borders": _case("4M", "8x512x2", data__packing="concat"),
-    "20M, bf16": _case("20M", "1x256x2", train__precision="bf16"),
+    "4M ddp, full": _case("4M", "8x512x1", **DDP, **FULL),
     "20M": _case("20M", "4x512x2"),
     "42M": _case("42M", "2x512x2"),
     "50M": _case("50M", "2x512x2"),
@@ -156,9 +158,14 @@ class Bench:
         import torch
 
         make_material(self._material)
-        for number, settings in enumerate(({}, {"lora": LORA}, {"data__packing": "none"})):
-            tiny = _config(_case("tiny", "1x64x1", "sft", **settings), self._material)
-            run(tiny | {"run_dir": str(self._scratch / f"warm-{number}")})
+        # the last one is as large as the grid's: the buffers of the libraries that multiply are no part of a run's tensors
+        warm = [
+            _case("tiny", "1x64x1", "sft", **more) for more in ({}, {"lora": LORA}, {"data__packing": "none"})
+        ]
+        for number, case in enumerate([*warm, _case("20M", "2x256x1")]):
+            run(_config(case, self._material) | {"run_dir": str(self._scratch / f"warm-{number}")})
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what a child could use again would not be counted
         torch.set_num_threads(1)
 
 
@@ -207,7 +214,7 @@ def _config(case: dict[str, Any], material: Path) -> dict[str, Any]:
             "store_dir": str(material / "store"),
         },
         "train": {
-            "total_steps": 2,
+            "total_steps": 3,  # DDP makes its buckets anew in the second
             "seq_len": length,
             "micro_batch_size": micro,
             "grad_accum_steps": accumulation,
@@ -253,19 +260,23 @@ def run(config: dict[str, Any]) -> int:
     from trainway.launch.local import train_here
     from trainway.recipes import supervised
 
-    build, before = supervised.build_run_model, 0
+    build, learn, before = supervised.build_run_model, supervised.build_learner, 0
 
     def building(session: Any) -> Any:
         nonlocal before
-        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
         before = _status("VmRSS")
         return build(session)
 
-    supervised.build_run_model = building
+    def learning(*arguments: Any) -> Any:
+        learner = learn(*arguments)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        return learner
+
+    supervised.build_run_model, supervised.build_learner = building, learning
     try:
         train_here(load_config(config).config, resume="never")
     finally:
-        supervised.build_run_model = build
+        supervised.build_run_model, supervised.build_learner = build, learn
     return _status("VmHWM") - before
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import Tensor
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Quintic coefficients with the steepest slope at zero (Keller Jordan 2024, https://kellerjordan.github.io/posts/muon/)."""
+
+TOGETHER = 2**25
+"""Numbers of one shape that a rank orthogonalises at once: what that takes beside the matrices is several times as much."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,18 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     same_shape.setdefault((self._num_rows(p), p.shape[1], p.device), []).append(p)
-            for (rows, _, _), parameters in same_shape.items():
-                self._update(parameters, rows, first, group["lr"], group["momentum"], group["weight_decay"])
-                first += len(parameters)  # so that not the same ranks take the odd matrix of every shape
+            for (rows, columns, _), parameters in same_shape.items():
+                for some in self._in_turn(parameters, rows * columns):
+                    self._update(some, rows, first, group["lr"], group["momentum"], group["weight_decay"])
+                    first += len(some)  # so that not the same ranks take the odd matrix of every shape
         return loss
+
+    def _in_turn(self, parameters: list[Tensor], size: int) -> Iterator[list[Tensor]]:
+        """As many at once as give every rank of the spread TOGETHER numbers, or one matrix."""
+        ranks = _size(self._spread.shards) * _size(self._spread.replicas)
+        count = at_once(size) * ranks
+        for start in range(0, len(parameters), count):
+            yield parameters[start : start + count]
 
     def _update(
         self, parameters: list[Tensor], rows: int, first: int, lr: float, momentum: float, weight_decay: float
@@ -89,6 +100,11 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(parameters, 1.0 - lr * weight_decay)
         scale = max(1.0, rows / parameters[0].shape[1]) ** 0.5
         torch._foreach_add_(parameters, list(updates.unbind()), alpha=-lr * scale)
+
+
+def at_once(size: int) -> int:
+    """How many matrices of `size` numbers a rank orthogonalises together."""
+    return max(1, TOGETHER // size)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -1,12 +1,13 @@
 """The bytes that a training step takes on one rank: what is held in each of its phases, and the phase that holds most (no torch).
 
-A step has four phases: the loss at the end of a forward pass, the loss's own backward pass, the blocks' backward pass, and
-what is left when it reaches the embedding, beside which the optimiser's step takes nothing new. What autograd keeps is
+A step has five phases: the loss at the end of a forward pass, the loss's own backward pass, the blocks' backward pass,
+what is left when it reaches the embedding, and the optimiser's step, for which Muon takes room of its own. What autograd keeps is
 counted as the models' code saves it; `docs/memory.md` says how it was measured.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -35,6 +36,8 @@ feed-forward layer not what its activation gave."""
 
 CPU_CHUNK_LOGITS = 2**22
 """As `losses.CPU_CHUNK_LOGITS`."""
+MUON_TOGETHER = 2**25
+"""As `muon.TOGETHER`."""
 BUCKET = 50_000_000
 """Elements of a buffer in which DeepSpeed collects gradients; as `engines.ds_config.BUCKET`."""
 
@@ -125,6 +128,8 @@ class States:
     """Of weights and gradients that lie elsewhere, at most at once."""
     buffers: int
     """In which gradients travel."""
+    step: int
+    """What the optimiser's step takes for itself."""
 
     @classmethod
     def of(
@@ -155,6 +160,7 @@ class States:
             copies=2 * sum(matrices) if casts else 0,
             gathered=_gathered(total - sum(matrices), max(matrices), lora is not None, step, engine),
             buffers=_buffers(trainable, step, engine),
+            step=_muon_bytes(shape, engine in SHARDED) if optimizer == "muon" and lora is None else 0,
         )
 
     def offloaded(self, peak: MemoryEstimate, engine: str, offload: str) -> MemoryEstimate:
@@ -194,6 +200,21 @@ def _buffers(trainable: int, step: Step, engine: str) -> int:
     return 0
 
 
+def _muon_bytes(shape: ModelShape, sharded: bool) -> int:
+    """What `muon.Muon` holds for the matrices that it orthogonalises at once, as fp32: those, what they are multiplied to, twice
+    over, and two squares of the shorter side; where a rank holds rows alone, what it sends and receives too.
+    """
+    shapes = Counter(
+        weight.shape for layer in shape.layers for weight in layer.weights if len(weight.shape) == 2
+    )
+    most = 0
+    for (rows, columns), count in shapes.items():
+        together = min(count, max(1, MUON_TOGETHER // (rows * columns)))
+        copies, side = (6 if sharded else 3), min(rows, columns)
+        most = max(most, together * (copies * rows * columns + 2 * side * side) * FP32)
+    return most
+
+
 def _phases(
     shape: ModelShape, step: Step, states: States, lora: LoraConfig | None, engine: str
 ) -> Iterator[MemoryEstimate]:
@@ -224,6 +245,9 @@ def _phases(
     embedding = head * (1 + there if shape.tie_embeddings else int(there))
     yield replace(
         base, gradients=states.gradients, logits=embedding, activations=tokens * kept.first + states.copies
+    )
+    yield replace(
+        base, gradients=states.gradients, optimizer=states.optimizer + states.step, activations=0, gathered=0
     )
 
 
@@ -299,7 +323,7 @@ def _block(shape: ModelShape, layer: Layer, step: Step, lora: LoraConfig | None,
         fused = _fuses(shape, step, "RMSNorm")
         kept += (FP32 if fused else FP32 + (size if lora is None else 0)) * width * (heads + kv_heads)
     kept += _inputs(shape, layer, step, lora, place) + size * _feed_forward(shape, layer, step)
-    products = attended + size * (2 * hidden + layer.products)
+    products = attended + size * (2 * hidden + layer.products + _adapter_products(shape, layer, lora, place))
     inner = layer.products // 2 if layer.products else 0
     # the feed-forward layer's two gradients beside that of its product, and two of the residual stream
     pulled = size * 2 * inner + 2 * FP32 * hidden
@@ -337,6 +361,16 @@ def _inputs(shape: ModelShape, layer: Layer, step: Step, lora: LoraConfig | None
             seen.add(source)
             total += step.size * _width(shape, weight) * (source != "attention" or _joins(step))
     return total
+
+
+def _adapter_products(shape: ModelShape, layer: Layer, lora: LoraConfig | None, place: int) -> int:
+    """Numbers of one token that the two products of each adapter give."""
+    ranks = adapted_ranks(shape, lora, place) if lora is not None else {}
+    return sum(
+        ranks[module] + weight.size // _width(shape, weight)
+        for weight in layer.weights
+        if weight.kind == "linear" and (module := weight.name.removesuffix(".weight")) in ranks
+    )
 
 
 def _source(module: str) -> str:
