@@ -1,0 +1,60 @@
+"""`python -m trainway.pod [ORDERS.json]`: the first process of a job's container, or of a job on a machine of one's own."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainway.errors import ExitCode, UserError
+from trainway.launch.nodes import NODE_RANK
+from trainway.pod import ending
+from trainway.pod.start import read_orders
+from trainway.pod.supervisor import supervise
+
+FIRST_WAIT_S = 10.0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the job that the orders describe; returns the exit code of `supervise`.
+
+    Orders that cannot be read, or a place that cannot be used, are an error of three lines; on RunPod the machine is
+    stopped for it, as nobody else would.
+    """
+    if len(arguments) > 1:
+        print("usage: python -m trainway.pod [ORDERS.json]", file=sys.stderr)
+        return ExitCode.CONFIG
+    try:
+        return supervise(read_orders(Path(arguments[0]) if arguments else None))
+    except UserError as error:
+        for label, text in (("error", error.what), ("why", error.why), ("fix", error.fix)):
+            if text:
+                print(f"{label}: {text}", file=sys.stderr, flush=True)
+        code = int(error.code)
+    except Exception as error:  # such as a disk that cannot even hold the log
+        print(f"internal error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        code = ExitCode.INTERNAL
+    if ending.POD in os.environ and all(os.environ.get(name, "0") == "0" for name in NODE_RANK):
+        _stop_pod()
+    return code
+
+
+def _stop_pod() -> None:
+    """A container of RunPod's that ends is started again, and costs: have it stopped, which loses nothing."""
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def wait(seconds: float) -> bool:
+        time.sleep(seconds)
+        return False
+
+    ending.keep_asking(lambda: ending.ask_runpod("stop"), say, wait, FIRST_WAIT_S)
+    while True:
+        time.sleep(FIRST_WAIT_S)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
