@@ -92,7 +92,7 @@ def test_what_is_there_is_not_overwritten(remote: Path, tmp_path: Path) -> None:
         bootstrap(str(other), directory=tmp_path / "two", home=tmp_path)
     (tmp_path / "two" / "file").write_text("mine")
     commit(remote, "two")
-    with pytest.raises(EnvironmentFault, match="merge .* failed"):
+    with pytest.raises(EnvironmentFault, match=r"merge .* failed"):
         bootstrap(str(remote), directory=tmp_path / "two", home=tmp_path)
     assert (tmp_path / "two" / "file").read_text() == "mine"
 
