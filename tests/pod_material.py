@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def orders_for(root: Path, **more: Any) -> Orders:
     """Orders for a job `try` whose run is runs/try: 20 steps, saved every 10."""
-    limits = {"hours": 1.0, "save_minutes": 0.1, **more.pop("limits", {})}
+    limits = {"hours": 1.0, "save_minutes": 2, **more.pop("limits", {})}
     config = {"run_dir": "runs/try", "train": {"total_steps": 20}, "checkpoint": {"save_every": 10}}
     values = {"job": "try", "config": config, "root": str(root), "limits": limits, "guard_every_s": 0.1}
     return Orders.model_validate({**values, **more})
@@ -39,25 +39,26 @@ class Job:
     def tell(self, verb: str, **what: Any) -> None:
         (self.fake / f"{verb}.json").write_text(json.dumps(what))
 
+    def let_pass(self, seconds: float) -> None:
+        """Put the supervisor's clock forward."""
+        (self.fake / "later").write_text(str(seconds))
+
     def start(self, orders: Orders, rank: int = 0, **environ: str) -> subprocess.Popen[bytes]:
         self.dir.node(rank).path.mkdir(parents=True, exist_ok=True)
-        code = (
-            "import sys; from trainway.pod.supervisor import supervise; from trainway.pod.start import read_orders\n"
-            f"sys.exit(supervise(read_orders(None), trainway=({sys.executable!r}, '-m', 'tests.fake_trainway')))"
-        )
         env = {**os.environ, "FAKE_DIR": str(self.fake), "TRAINWAY_ORDERS": orders.model_dump_json()}
         env |= {
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")]),
             "NO_PROXY": "127.0.0.1",
             **environ,
         }
-        process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE)
+        command = [sys.executable, "-m", "tests.fake_pod"]
+        process = subprocess.Popen(command, cwd=self.root, env=env, stdout=subprocess.PIPE)
         self.processes.append(process)
         return process
 
     def run(self, orders: Orders, **environ: str) -> int:
         process = self.start(orders, **environ)
-        self.said = process.communicate(timeout=120)[0].decode()
+        self.said = process.communicate(timeout=250)[0].decode()
         return process.returncode
 
     @property

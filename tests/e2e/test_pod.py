@@ -121,7 +121,7 @@ def test_missing_data_ends_the_job_before_the_training(tmp_path: Path) -> None:
 
 
 def test_a_training_that_is_stopped_by_the_kernel_does_not_cost_for_ever(tmp_path: Path, corpus: Path) -> None:
-    job = pod(tmp_path, corpus, steps=5000, limits={"hours": 2, "stall_minutes": 0.05})
+    job = pod(tmp_path, corpus, steps=5000, limits={"hours": 2, "stall_minutes": 0.5})
     process = job.start()
     until(lambda: max(job.steps, default=0) > 2, process)
     training_of(job).suspend()

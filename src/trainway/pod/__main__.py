@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trainway.errors import ExitCode, UserError
+from trainway.jobs.orders import Orders
 from trainway.launch.nodes import NODE_RANK
 from trainway.pod import ending
 from trainway.pod.start import read_orders
@@ -26,8 +27,10 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) > 1:
         print("usage: python -m trainway.pod [ORDERS.json]", file=sys.stderr)
         return ExitCode.CONFIG
+    orders = None
     try:
-        return supervise(read_orders(Path(arguments[0]) if arguments else None))
+        orders = read_orders(Path(arguments[0]) if arguments else None)
+        return supervise(orders)
     except UserError as error:
         for label, text in (("error", error.what), ("why", error.why), ("fix", error.fix)):
             if text:
@@ -36,9 +39,19 @@ def main(arguments: Sequence[str]) -> int:
     except Exception as error:  # such as a disk that cannot even hold the log
         print(f"internal error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         code = ExitCode.INTERNAL
-    if ending.POD in os.environ and all(os.environ.get(name, "0") == "0" for name in NODE_RANK):
+    if is_first_of_pod(orders, os.environ, os.getpid(), os.getppid()):
         _stop_pod()
     return code
+
+
+def is_first_of_pod(orders: Orders | None, environ: Mapping[str, str], pid: int, parent: int) -> bool:
+    """Whether a pod of RunPod's is there for this process alone, as its first or the only one that its first has started.
+
+    One that a user starts on it by hand, beside the job, is not to end it.
+    """
+    ours = orders is None or orders.ender == "runpod"
+    first_node = all(environ.get(name, "0") == "0" for name in NODE_RANK)
+    return ours and first_node and ending.POD in environ and 1 in (pid, parent)
 
 
 def _stop_pod() -> None:

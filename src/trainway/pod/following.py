@@ -24,7 +24,7 @@ class Following:
         """Start it, or start it again some time after it has ended."""
         if self._child is None:
             if time.monotonic() >= self._again:
-                self._child = self._start()
+                self._begin()
             return
         code = self._child.exit_code()
         if code is not None:
@@ -33,6 +33,13 @@ class Following:
             self._say(
                 f"the copy has ended with exit code {code}: the training goes on, and the copy in {PAUSE_S / 60:g} minutes"
             )
+
+    def _begin(self) -> None:
+        try:
+            self._child = self._start()
+        except OSError as error:
+            self._again = time.monotonic() + PAUSE_S
+            self._say(f"the copy cannot be started: {error}; the training goes on")
 
     def end(self) -> None:
         """End it; what it was at, the final copy completes."""

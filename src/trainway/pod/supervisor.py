@@ -317,11 +317,9 @@ class Supervisor:
         reason = "; ".join(part for part in (verdict.reason, saved) if part)
         code = self.state.exit_code if outcome == "failed" else None
         # a signal that has ended the training is answered with this: the next one ends what comes after
-        self._by_signal, self.signals.asked = self.signals.asked, False
+        self.signals.asked = False
         self.journal.change(outcome=outcome, reason=reason, exit_code=code)
         self.journal.say(f"the training is over: {outcome}: {reason}")
-
-    _by_signal = False
 
     def _note_fault(self, what: str) -> None:
         """Something is wrong that leaves the outcome of a training that is over as it is."""

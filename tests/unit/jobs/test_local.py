@@ -23,18 +23,11 @@ from trainway.jobs.spec import JobSpec
 from trainway.jobs.target import Job as Asked
 from trainway.pod.processes import find_all
 
-CODE = (
-    "import sys; from pathlib import Path; from trainway.pod.supervisor import supervise\n"
-    "from trainway.pod.start import read_orders\n"
-    f"sys.exit(supervise(read_orders(Path(sys.argv[1])), trainway=({sys.executable!r}, '-m', 'tests.fake_trainway')))"
-)
-
-
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
     monkeypatch.setenv("TRAINWAY_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'src'}")
-    monkeypatch.setattr(local, "_command", lambda d: [sys.executable, "-c", CODE, str(d.orders)])
+    monkeypatch.setattr(local, "_command", lambda d: [sys.executable, "-m", "tests.fake_pod", str(d.orders)])
     job = Job(tmp_path)
     monkeypatch.setenv("FAKE_DIR", str(job.fake))
     yield job
@@ -52,7 +45,7 @@ def asked(root: Path, spec: dict[str, Any] | None = None, **more: Any) -> tuple[
     return Asked(found, RunConfig(), orders, str(root)), record
 
 
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def until(condition: Callable[[], bool], seconds: float = 200) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "timed out"

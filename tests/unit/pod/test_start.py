@@ -110,3 +110,16 @@ def test_secrets_are_read_once_and_their_file_is_gone(tmp_path: Path) -> None:
         take_secrets(job_dir, environ)
     assert "canary" not in str(raised.value)
     assert not job_dir.secrets.exists()
+
+
+def test_only_a_pod_that_is_there_for_the_job_is_stopped_when_it_cannot_begin(tmp_path: Path) -> None:
+    from trainway.pod.__main__ import is_first_of_pod
+
+    pod = {"RUNPOD_POD_ID": "p1"}
+    runpod = orders_for(tmp_path, ender="runpod")
+    assert is_first_of_pod(None, pod, 1, 0)
+    assert is_first_of_pod(runpod, pod, 7, 1)
+    assert not is_first_of_pod(runpod, pod, 70, 60)  # by hand, beside the job
+    assert not is_first_of_pod(orders_for(tmp_path), pod, 1, 0)
+    assert not is_first_of_pod(runpod, {}, 1, 0)
+    assert not is_first_of_pod(runpod, {**pod, "NODE_RANK": "1"}, 1, 0)
