@@ -33,7 +33,11 @@ def root(tmp_path: Path) -> Iterator[Path]:
 
 def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The script in the root, with an environment of its own: only what tells pip and apt where packages are goes on."""
-    kept = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or "proxy" in name.lower()}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("PIP_") or "proxy" in name.lower()
+    }
     env = {**kept, "HOME": "/root", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
     words = ["chroot", str(root), "sh", "/root/bootstrap.sh", *arguments]
     return subprocess.run(words, env=env, capture_output=True, text=True, timeout=1500)

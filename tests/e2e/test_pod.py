@@ -26,14 +26,26 @@ class Pod:
     """A job on a volume of its own."""
 
     def __init__(self, root: Path, config: dict[str, Any], **more: Any) -> None:
-        values = {"job": "try", "config": config, "root": str(root), "limits": {"hours": 2}, "guard_every_s": 0.5}
+        values = {
+            "job": "try",
+            "config": config,
+            "root": str(root),
+            "limits": {"hours": 2},
+            "guard_every_s": 0.5,
+        }
         self.orders = Orders.model_validate({**values, **more})
         self.root, self.dir = root, JobDir.of(root, "try")
         self.file = root / "orders.json"
         self.file.write_text(self.orders.model_dump_json())
 
     def start(self, rank: int = 0, **environ: str) -> subprocess.Popen[bytes]:
-        env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environ}
+        env = {
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            **environ,
+        }
         command = [sys.executable, "-m", "trainway.pod", str(self.file)]
         with (self.root / f"out-{rank}.txt").open("ab") as out:
             return subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
@@ -120,7 +132,9 @@ def test_missing_data_ends_the_job_before_the_training(tmp_path: Path) -> None:
     assert "nowhere.jsonl" in job.dir.log.read_text()
 
 
-def test_a_training_that_is_stopped_by_the_kernel_does_not_cost_for_ever(tmp_path: Path, corpus: Path) -> None:
+def test_a_training_that_is_stopped_by_the_kernel_does_not_cost_for_ever(
+    tmp_path: Path, corpus: Path
+) -> None:
     job = pod(tmp_path, corpus, steps=5000, limits={"hours": 2, "stall_minutes": 0.5})
     process = job.start()
     until(lambda: max(job.steps, default=0) > 2, process)

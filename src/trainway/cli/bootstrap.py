@@ -19,11 +19,15 @@ def bootstrap(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[CONFIG] [KEY=VALUE]...", help="The run that is meant for this machine.", show_default=False
+            metavar="[CONFIG] [KEY=VALUE]...",
+            help="The run that is meant for this machine.",
+            show_default=False,
         ),
     ] = None,
     repo: Annotated[str | None, typer.Option(help="Git address of the training repository.")] = None,
-    ref: Annotated[str | None, typer.Option(help="Branch, tag or commit; empty: the repository's own.")] = None,
+    ref: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit; empty: the repository's own.")
+    ] = None,
     directory: Annotated[
         Path | None, typer.Option("--dir", help="Where the clone is; empty: by the repository's name, here.")
     ] = None,
@@ -43,9 +47,7 @@ def bootstrap(
     from trainway.pod.bootstrap import bootstrap as make_ready
 
     source, settings = split_arguments(words) if words else (None, [])
-    ready = make_ready(
-        repo, ref=ref, directory=directory, data=data or (), config=source, settings=settings
-    )
+    ready = make_ready(repo, ref=ref, directory=directory, data=data or (), config=source, settings=settings)
     if as_json:
         emit_json(asdict(ready))
         return

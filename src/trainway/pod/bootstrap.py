@@ -87,7 +87,9 @@ def _key(home: Path) -> Ready:
     if made:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         comment = f"trainway-{os.uname().nodename}"
-        _run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(path)], "openssh-client")
+        _run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(path)], "openssh-client"
+        )
     if not public.exists():
         public.write_text(_run(["ssh-keygen", "-y", "-P", "", "-f", str(path)], "openssh-client"))
     return Ready(public.read_text().strip(), path, made)
@@ -116,7 +118,9 @@ def _repository(
         git("-C", str(place), "fetch", "-q", "--tags", "origin")
     elif place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ConfigError(
-            f"{place} is there and no clone", "nothing is overwritten", "choose another --dir, or move it away"
+            f"{place} is there and no clone",
+            "nothing is overwritten",
+            "choose another --dir, or move it away",
         )
     else:
         git("clone", "-q", "--", repo, str(place))
@@ -139,7 +143,9 @@ def _check_data(data: Sequence[Path], where: Path) -> None:
     missing = [str(path) for path in data if not (where / path).exists()]
     if missing:
         raise DataError(
-            f"missing: {', '.join(missing)}", f"looked for from {where}", "bring the files here, and start again"
+            f"missing: {', '.join(missing)}",
+            f"looked for from {where}",
+            "bring the files here, and start again",
         )
 
 
@@ -165,10 +171,17 @@ def _run(
         )
     try:
         done = subprocess.run(
-            words, env=dict(environ), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CLONE_S
+            words,
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=CLONE_S,
         )
     except subprocess.TimeoutExpired:
-        raise EnvironmentFault(f"{shlex.join(words)}: no end within {CLONE_S:g} s", "", "see the network") from None
+        raise EnvironmentFault(
+            f"{shlex.join(words)}: no end within {CLONE_S:g} s", "", "see the network"
+        ) from None
     if done.returncode:
         hint = f"see that {key}.pub is known to the Git host, and the network" if key else "see above"
         raise EnvironmentFault(f"{shlex.join(words)} failed", " ".join(done.stderr.split())[-400:], hint)

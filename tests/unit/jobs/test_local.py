@@ -23,6 +23,7 @@ from trainway.jobs.spec import JobSpec
 from trainway.jobs.target import Job as Asked
 from trainway.pod.processes import find_all
 
+
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
     monkeypatch.setenv("TRAINWAY_HOME", str(tmp_path / "home"))

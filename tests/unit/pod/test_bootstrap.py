@@ -73,7 +73,10 @@ def test_missing_data_is_named_and_nothing_is_made_in_its_place(remote: Path, tm
     place = tmp_path / "clone"
     with pytest.raises(DataError, match=r"missing: data/a\.jsonl, data/b$"):
         bootstrap(
-            str(remote), directory=place, home=tmp_path, data=[Path("file"), Path("data/a.jsonl"), Path("data/b")]
+            str(remote),
+            directory=place,
+            home=tmp_path,
+            data=[Path("file"), Path("data/a.jsonl"), Path("data/b")],
         )
     assert not (place / "data").exists()
     assert bootstrap(str(remote), directory=place, home=tmp_path, data=[Path("file")]).changed == []
