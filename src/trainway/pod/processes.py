@@ -76,7 +76,8 @@ def kill_all(belongs: Callable[[Mapping[str, str]], bool]) -> bool:
         for process in found:
             with suppress(psutil.Error):
                 process.kill()
-        psutil.wait_procs(found, timeout=0.5)
+        # waiting by psutil would take a child's exit code away from its Popen, which then reads 0
+        time.sleep(0.05)
     return True
 
 
