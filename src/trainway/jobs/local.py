@@ -20,7 +20,7 @@ from trainway.files import atomic_open, atomic_write, disk_faults, hash_file, re
 from trainway.jobs.orders import JobDir, Orders, PodState
 from trainway.jobs.record import Record, records_dir
 from trainway.jobs.target import Cost, Job, JobStatus, MachineState, Say, Stray
-from trainway.pod.processes import JOB_MARK, STAGE_MARK, end_all, find_all
+from trainway.pod.processes import JOB_MARK, PYTHON, STAGE_MARK, end_all, find_all
 from trainway.pod.start import identity
 
 NAME_MARK = "TRAINWAY_LOCAL_JOB"
@@ -225,7 +225,7 @@ def _start(job_dir: JobDir, record: Record, rank: int, more: Mapping[str, str]) 
     # this machine keeps the Hub's files where its user has them
     home = environ.setdefault("HF_HOME", str(Path("~/.cache/huggingface").expanduser()))
     environ.setdefault("HF_DATASETS_CACHE", f"{home}/datasets")
-    environ |= {**more, NAME_MARK: record.remote_name, HOME_MARK: str(records_dir())}
+    environ |= {**PYTHON, **more, NAME_MARK: record.remote_name, HOME_MARK: str(records_dir())}
     with own.log.open("ab") as log:
         return subprocess.Popen(
             _command(job_dir),

@@ -18,6 +18,8 @@ JOB_MARK = "TRAINWAY_JOB_DIR"
 """Environment of every process of a stage: the directory of the job on its node."""
 STAGE_MARK = "TRAINWAY_STAGE"
 """The same: which start of which stage it belongs to."""
+PYTHON = {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
+"""Output at once; and no module is taken from the working directory, where a volume may hold anything."""
 KILL_S = 30.0
 """How long killed processes may take to be gone; what the kernel does not give back by then is left behind."""
 
@@ -29,12 +31,12 @@ class Child:
         self, command: Sequence[str], *, job_dir: Path, log: Path, folder: Path, environ: Mapping[str, str]
     ) -> None:
         self._mark = uuid.uuid4().hex
-        marks = {JOB_MARK: str(job_dir), STAGE_MARK: self._mark, "PYTHONUNBUFFERED": "1"}
+        marks = {JOB_MARK: str(job_dir), STAGE_MARK: self._mark}
         words = [sys.executable, "-m", "trainway.pod.child", str(os.getpid()), *command]
         # The log is written by the stage itself: it loses nothing when this process dies or hangs.
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                words, cwd=folder, env={**environ, **marks}, stdin=subprocess.DEVNULL, stdout=output,
+                words, cwd=folder, env={**environ, **marks, **PYTHON}, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=output, start_new_session=True,
             )  # fmt: skip
 

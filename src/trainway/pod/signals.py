@@ -23,9 +23,8 @@ class Signals:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Hear SIGTERM, SIGINT and the end of children, in the main thread."""
+        """Hear SIGTERM, SIGINT and the end of children, in the main thread; afterwards requests to stop are ignored."""
         # A handler alone would not end a sleep, and an Event that a handler sets can lock up with the loop's own wait.
-        before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGCHLD)}
         wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_stop)
@@ -34,8 +33,9 @@ class Signals:
             yield
         finally:
             signal.set_wakeup_fd(wakeup)
-            for number, handler in before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            for number in STOP_SIGNALS:  # nothing is left to be saved: the exit code is settled
+                signal.signal(number, signal.SIG_IGN)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.close(self._reader)
             os.close(self._writer)
 

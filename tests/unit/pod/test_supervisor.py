@@ -197,9 +197,9 @@ def test_a_supervisor_that_is_killed_leaves_a_training_that_saves_and_ends(job: 
 
 
 def test_a_second_supervisor_is_refused(job: Job) -> None:
-    job.tell("train", step_s=0.1)
+    job.tell("train", step_s=2)
     process = job.start(orders_for(job.root))
-    until(lambda: len(job.steps) >= 1)
+    until(lambda: "train" in job.verbs)
     second = job.start(orders_for(job.root))
     assert second.wait(200) == 1  # the refusal is raised, and __main__ tells it
     assert end(process) == 75
