@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from trainway.errors import ConfigError, EnvironmentFault, UserError
+from trainway.jobs.rules import PAID
 from trainway.jobs.spec import GpuChoice, JobSpec
 from trainway.jobs.target import Job
 from trainway.planning.gpus import find_gpu
@@ -95,12 +96,13 @@ def describe(job: Job, found: Quote) -> str:
             continue
         time = "time not known" if offer.hours is None else f"{offer.hours:.3g} hours"
         rate = f"${offer.dollars_per_hour:.2f} an hour" if offer.dollars_per_hour else "no price by the hour"
-        total = "" if not offer.dollars else f", ${offer.dollars:,.2f} in all"
+        total = f", ${offer.dollars:,.2f} in all" if offer.dollars else ""
         lines.append(f"{name}: {time}, {rate}{total}")
     if found.unknown:
         lines.append(f"  not planned: {found.unknown}")
     hours, dollars = job.orders.limits.hours, job.orders.limits.dollars
-    ends = [f"{hours:.3g} hours"] * (hours is not None) + [f"${dollars:,.2f}"] * (dollars is not None)
+    ends = [f"{hours:.3g} hours"] if hours else []
+    ends += [f"${dollars:,.2f}"] if dollars else []
     if ends:
         lines.append(f"  ended in any case after {' or '.join(ends)}")
     return "\n".join(lines)
@@ -152,7 +154,7 @@ def _default_hours(spec: JobSpec, offers: Sequence[Offer]) -> float | None:
     known = [offer.hours for offer in offers if offer.hours is not None]
     if known:
         return max(known) * MARGIN + EXTRA_HOURS
-    if spec.target in ("runpod", "kubernetes") and spec.gpus:
+    if spec.target in PAID:
         raise ConfigError(
             "nothing says when this job is to end",
             "the length of the run is not known here, so no deadline follows from it",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from trainway.checkpoint.lock import directory_lock
+from trainway.doctor.checks import refuse_logins
+from trainway.doctor.logins import find_token
 from trainway.errors import ConfigError, DataError, EnvironmentFault, UserError
 from trainway.jobs.load import job_name, load_job
 from trainway.jobs.quote import Quote, describe, quote, settle
@@ -24,6 +27,7 @@ from trainway.jobs.record import (
 )
 from trainway.jobs.spec import TargetName
 from trainway.jobs.target import Cost, Job, JobStatus, Say, Stray, Target
+from trainway.recipes.volume import TOKEN
 
 Confirm = Callable[[str], bool]
 """Shows a text and asks; False means no."""
@@ -75,6 +79,7 @@ def up(source: str | Path, overrides: Sequence[str] = (), *, confirm: Confirm, s
         if record is None:
             if not confirm(describe(job, found)):
                 return None
+            _check_logins(job, say)
             record = _fresh_record(job, str(source), found)
             save_record(record)  # before anything is rented: what is rented is never forgotten
         else:
@@ -254,6 +259,23 @@ def _check_uploads(job: Job) -> None:
             f"looked for from {job.folder}",
             "correct `upload:`, or bring the files here",
         )
+
+
+def _check_logins(job: Job, say: Say, environ: Mapping[str, str] = os.environ) -> None:
+    """What would stop the job on its first minute there is found here, as far as it can be."""
+    spec = job.spec
+    if spec.target in ("local", "ssh"):
+        missing = [source for source in spec.secrets.values() if not environ.get(source)]
+        if missing:
+            raise EnvironmentFault(
+                f"{', '.join(missing)} is not set",
+                f"on {spec.target}, secrets are taken from the variables of this machine",
+                "set it, or take it out of `secrets:`",
+            )
+    if find_token(environ) is None and TOKEN in spec.secrets:
+        say(f"{TOKEN} is known to {spec.target} alone: the machine checks it before it trains")
+    else:
+        refuse_logins(job.config, environ)
 
 
 def _look(record: Record, *, raises: bool) -> Seen:
