@@ -107,7 +107,7 @@ class JobDir:
 
     @classmethod
     def of(cls, root: str | Path, job: str) -> JobDir:
-        return cls(Path(root).expanduser() / "jobs" / job)
+        return cls(Path(root) / "jobs" / job)
 
     def node(self, rank: int) -> JobDir:
         """The files of one node: several may share a volume. The first node's are the job's."""

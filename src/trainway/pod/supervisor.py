@@ -6,6 +6,7 @@ import os
 import shlex
 import traceback
 from collections.abc import Callable, MutableMapping
+from pathlib import Path
 from typing import Any
 
 from trainway.checkpoint.lock import directory_lock
@@ -65,6 +66,8 @@ def supervise(
     Raises:
         ConfigError, EnvironmentFault: the place cannot be used, or another supervisor is at work there.
     """
+    # a `~` is this machine's home
+    orders = orders.model_copy(update={"root": str(Path(orders.root).expanduser().absolute())})
     rank = node_rank(orders, environ)
     job_dir = make_place(orders, rank, environ)
     with directory_lock(job_dir.path, job_dir.lock, what="job", setting="name"):
