@@ -217,7 +217,7 @@ def refusal(method: str, path: str, status: int, body: bytes) -> Exception:
         message, reason = body.decode("utf-8", "replace")[:200], ""
     if status == 404:
         return NotFound(message)
-    if status == 409 and method == "POST" and reason in ("AlreadyExists", ""):
+    if status == 409 and method == "POST" and reason != "Conflict":
         return Exists(message)
     what = f"the cluster refused {method} {path}"
     if status in (400, 422):
