@@ -187,9 +187,6 @@ def _claim(job: Job, names: Names) -> Manifest:
 
 def _settings(job: Job, names: Names) -> Manifest:
     orders = job.orders
-    if job.spec.kubernetes.kind == "statefulset":
-        # a supervisor that ends would be started again
-        orders = orders.model_copy(update={"machine": "keep"})
     data = {
         ORDERS_FILE: orders.model_dump_json(indent=1) + "\n",
         CONFIG_FILE: yaml.safe_dump(orders.config, sort_keys=False, allow_unicode=True, width=110),

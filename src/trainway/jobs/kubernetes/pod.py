@@ -30,6 +30,7 @@ Manifest = dict[str, Any]
 
 TRAIN = ("python", "-m", "trainway.pod", f"{SETTINGS_DIR}/{ORDERS_FILE}")
 """Not through a shell: SIGTERM reaches it."""
+TRAIN_FOREVER = ("python", "-m", "trainway.jobs.kubernetes.forever", f"{SETTINGS_DIR}/{ORDERS_FILE}")
 WAIT = ("python", "-c", "import signal, time; signal.signal(15, lambda *_: exit()); time.sleep(10**8)")
 """For files to come; as the first process of a container it has to take SIGTERM itself."""
 HOSTNAME_KEY = "kubernetes.io/hostname"
@@ -101,7 +102,8 @@ def _spread(names: Names) -> Manifest:
 
 
 def _container(job: Job, names: Names, role: Role) -> Manifest:
-    command: Sequence[str] = {"train": TRAIN, "prepare": prepare_command(job), "upload": WAIT}[role]
+    train = TRAIN_FOREVER if job.spec.kubernetes.kind == "statefulset" else TRAIN
+    command: Sequence[str] = {"train": train, "prepare": prepare_command(job), "upload": WAIT}[role]
     infiniband = job.spec.kubernetes.infiniband and role == "train"
     return {
         "name": CONTAINER,

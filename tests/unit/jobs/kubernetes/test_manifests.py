@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -265,12 +266,13 @@ def test_a_jobset_meets_at_its_own_names(tmp_path: Path) -> None:
     assert only(manifests, "JobSet")["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
 
 
-def test_a_statefulset_is_told_to_sleep_at_the_end(tmp_path: Path) -> None:
+def test_a_statefulset_sleeps_at_the_end(tmp_path: Path) -> None:
     job = make_job(tmp_path, "statefulset_nodes")
     found = build(job, make_record(job))
     assert any("holds its GPUs until `trainway down`" in note for note in found.notes)
-    assert json.loads(found.settings["data"]["orders.json"])["machine"] == "keep"
     spec = found.workload["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    assert container["command"][2] == "trainway.jobs.kubernetes.forever"
     assert (spec["replicas"], spec["podManagementPolicy"]) == (3, "Parallel")
     rank = spec["template"]["spec"]["containers"][0]["env"][-1]
     assert rank["name"] == "NODE_RANK"
@@ -336,8 +338,9 @@ def test_the_settings_are_those_of_the_job(tmp_path: Path) -> None:
 
 
 def test_settings_larger_than_a_configmap_are_refused(tmp_path: Path) -> None:
-    files = [f"data/{number:0200d}.jsonl" for number in range(5000)]
-    job = make_job(tmp_path, settings={"data.train": files})
+    job = make_job(tmp_path)
+    large = {"data": {"train": [f"data/{number:0200d}.jsonl" for number in range(3000)]}}
+    job = replace(job, orders=job.orders.model_copy(update={"config": large}))
     with pytest.raises(ConfigError, match="a ConfigMap holds at most"):
         build(job, make_record(job))
 

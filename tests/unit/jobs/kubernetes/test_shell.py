@@ -89,7 +89,6 @@ def pods() -> Iterator[tuple[Cluster, Pods]]:
 
     held = Pods()
     loop = asyncio.new_event_loop()
-    asyncio.get_child_watcher() if sys.version_info < (3, 12) else None
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
 
@@ -135,7 +134,7 @@ def test_a_pod_that_is_not_there(pods: tuple[Cluster, Pods]) -> None:
 
 
 def test_files_arrive_whole_and_once(pods: tuple[Cluster, Pods], tmp_path: Path) -> None:
-    cluster, held = pods
+    cluster, _ = pods
     source, root = tmp_path / "here", tmp_path / "there"
     odd = "odd $(touch x);'\".bin"
     (source / "more").mkdir(parents=True)

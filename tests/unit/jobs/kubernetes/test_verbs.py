@@ -314,7 +314,7 @@ def test_a_path_that_is_not_here_makes_no_pod(world: World, tmp_path: Path) -> N
 
 
 def test_strays_are_those_that_nobody_needs(world: World, tmp_path: Path) -> None:
-    job, record, name = started(world, tmp_path, "infiniband")
+    _, record, name = started(world, tmp_path, "infiniband")
     other = make_job(tmp_path, name="cpu")
     lost = make_record(other, token="deadbeef")
     for manifest in world.target.request(other, lost):
