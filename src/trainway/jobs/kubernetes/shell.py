@@ -113,7 +113,6 @@ def _open(cluster: Cluster, pod: str, command: Sequence[str], *, stdin: bool, tt
             stderr=not tty,
             tty=tty,
             binary=True,
-            capture_all=False,
             _preload_content=False,
         )
     except ApiException as error:

@@ -16,7 +16,7 @@ from trainway.jobs.kubernetes.creating import (
     wait_until_running,
 )
 from trainway.jobs.kubernetes.logs import job_log
-from trainway.jobs.kubernetes.manifests import Manifests, build, claim_name
+from trainway.jobs.kubernetes.manifests import SPARE_S, Manifests, build, claim_name
 from trainway.jobs.kubernetes.names import MANAGED_BY, PRICE, TOKEN, Names, selector
 from trainway.jobs.kubernetes.shell import output, terminal, tunnel
 from trainway.jobs.kubernetes.states import (
@@ -125,6 +125,10 @@ class KubernetesTarget:
         """Suspend the job, or take it out of its queue: its pods save within their grace time and are gone."""
         cluster, kind, name = self._find(record)
         found = cluster.find(kind, name)
+        if found is None and record.place["prepare"] and cluster.delete("Job", record.place["prepare"]):
+            self._wait_for_pods_to_go(cluster, record, say)
+            say("stopped: the parts that are tokenised are kept")
+            return record.with_(phase="stopped")
         if found is None or is_finished(found):
             raise ConfigError(
                 f"{record.name} does not run", f"its {kind} has ended or is gone", "see `trainway status`"
@@ -170,18 +174,15 @@ class KubernetesTarget:
 
     def strays(self, records: Sequence[Record]) -> list[Stray]:
         """Workloads that Trainway has made, in the namespaces of its jobs and wherever else it may look."""
-        ours = [record for record in records if record.target == "kubernetes"]
-        needed = {record.token for record in ours if record.phase != "ended"}
-        ended = {record.token for record in ours if record.phase == "ended"}
-        contexts = {record.place.get("context") for record in ours if record.place} or {None}
+        ours = {record.token: record for record in records if record.target == "kubernetes"}
+        places = [record.place for record in ours.values() if record.place]
         found: dict[str, Stray] = {}
-        for context in sorted(contexts, key=str):
-            spaces = {record.place["namespace"] for record in ours if record.place.get("context") == context}
-            cluster = self._connect(context, "default")
-            for kind, item in _workloads(cluster, spaces):
+        for context in sorted({place["context"] for place in places} or {None}, key=str):
+            spaces = {place["namespace"] for place in places if place["context"] == context}
+            for kind, item in _workloads(self._connect(context, "default"), spaces):
                 token = item["metadata"]["labels"].get(TOKEN, "")
-                if token not in needed and not is_finished(item):
-                    stray = _stray(context, kind, item, token in ended)
+                if why := _needless(item, ours.get(token)):
+                    stray = _stray(context, kind, item, why)
                     found[stray.id] = stray
         return list(found.values())
 
@@ -260,16 +261,36 @@ def _workloads(cluster: Cluster, spaces: set[str]) -> Iterator[tuple[str, Object
                 yield kind, item
 
 
-def _stray(context: str | None, kind: str, item: Object, ended: bool) -> Stray:
+def _needless(item: Object, record: Record | None) -> str:
+    """Why no job needs this; empty when one does, or when it holds no machine."""
+    if is_finished(item):
+        return ""
+    if record is None:
+        return "no job of this machine is called so"
+    if record.phase == "ended":
+        return "its job has ended"
+    began = timestamp(item.get("status", {}).get("startTime") or item["metadata"].get("creationTimestamp"))
+    if record.limit_hours is None or began is None or _state(item) == "suspended":
+        return ""
+    late = time.time() - began - record.limit_hours * 3600 - SPARE_S
+    return f"its deadline was {(late + SPARE_S) / 3600:.1f} hours ago" if late > 0 else ""
+
+
+def _state(item: Object) -> str:
+    spec = item.get("spec", {})
+    if spec.get("suspend") or spec.get("replicas") == 0:
+        return "suspended"
+    return str(item.get("status", {}).get("phase", "active"))
+
+
+def _stray(context: str | None, kind: str, item: Object, why: str) -> Stray:
     metadata = item["metadata"]
-    held = metadata.get("annotations") or {}
-    suspended = item.get("spec", {}).get("suspend") or item.get("spec", {}).get("replicas") == 0
     return Stray(
         id="|".join((context or "", metadata.get("namespace", "default"), kind, metadata["name"])),
         name=metadata["name"],
-        state="suspended" if suspended else item.get("status", {}).get("phase", "active"),
-        dollars_per_hour=float(held.get(PRICE, 0.0)),
-        why="its job has ended" if ended else "no job of this machine is called so",
+        state=_state(item),
+        dollars_per_hour=float((metadata.get("annotations") or {}).get(PRICE, 0.0)),
+        why=why,
     )
 
 

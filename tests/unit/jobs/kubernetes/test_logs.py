@@ -147,11 +147,11 @@ def test_a_log_that_is_cut_for_ever_ends_in_an_error(serve: Any) -> None:
 
 
 def test_lines_between_cuts_begin_the_count_anew(serve: Any) -> None:
-    lines = [f"2026-01-01T00:{number:02}:00Z line {number}" for number in range(30)]
+    lines = [f"2026-01-01T00:{number:02}:00Z line {number:02}" for number in range(30)]
     size = len(lines[0]) + 1
     _, cluster = serve({"w-0": "\n".join(lines).encode() + b"\n"}, [2 * size] * 29)
     assert len(lines) > MOST_CUTS
-    assert follow(cluster) == [f"line {number}" for number in range(30)]
+    assert follow(cluster) == [f"line {number:02}" for number in range(30)]
 
 
 def test_a_container_that_has_not_begun_is_waited_for(serve: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -27,6 +28,7 @@ kubernetes_validate = pytest.importorskip("kubernetes_validate")
 pytest.importorskip("kubernetes")
 
 VERSIONS = ("1.31", "1.34", "1.37")
+SCHEMAS = functools.cache(kubernetes_validate.utils.schema_contents)
 MODELS = {
     "ConfigMap": "V1ConfigMap",
     "Job": "V1Job",
@@ -36,6 +38,11 @@ MODELS = {
     "StatefulSet": "V1StatefulSet",
 }
 CANARY = "hf_canary0123456789abcdefghij"
+
+
+@pytest.fixture(autouse=True)
+def schemas_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kubernetes_validate.utils.schema_contents", SCHEMAS)
 
 
 @pytest.fixture(params=JOBS)

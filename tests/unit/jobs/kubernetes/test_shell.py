@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from trainway.errors import EnvironmentFault
 from trainway.jobs.kubernetes import shell, upload
 from trainway.jobs.kubernetes.cluster import Cluster
 from trainway.jobs.kubernetes.shell import BLOCK_BYTES, output, run, tunnel
+from trainway.jobs.target import Job
 
 pytest.importorskip("kubernetes")
 web = pytest.importorskip("aiohttp.web")
@@ -133,6 +135,12 @@ def test_a_pod_that_is_not_there(pods: tuple[Cluster, Pods]) -> None:
         output(pods[0], "other", ("true",))
 
 
+def job_at(root: Path, folder: Path, files: list[Any]) -> Job:
+    """A job whose volume is a directory here."""
+    job = make_job(folder, "upload", upload=files)
+    return replace(job, orders=job.orders.model_copy(update={"root": str(root)}))
+
+
 def test_files_arrive_whole_and_once(pods: tuple[Cluster, Pods], tmp_path: Path) -> None:
     cluster, _ = pods
     source, root = tmp_path / "here", tmp_path / "there"
@@ -141,7 +149,7 @@ def test_files_arrive_whole_and_once(pods: tuple[Cluster, Pods], tmp_path: Path)
     content = {odd: os.urandom(3 * BLOCK_BYTES + 5), "more/empty": b"", "more/b": b"b" * 10}
     for name, data in content.items():
         (source / name).write_bytes(data)
-    job = make_job(source, "upload", root=str(root), upload=[{"path": odd}, {"path": "more", "to": "data/m"}])
+    job = job_at(root, source, [{"path": odd}, {"path": "more", "to": "data/m"}])
     said: list[str] = []
     upload.bring_files(cluster, "p", job, said.append)
     assert (root / odd).read_bytes() == content[odd]
@@ -163,7 +171,7 @@ def test_a_cut_leaves_no_half_file_and_the_next_try_brings_it(
     source.mkdir()
     data = os.urandom(4 * BLOCK_BYTES)
     (source / "big").write_bytes(data)
-    job = make_job(source, "upload", root=str(root), upload=["big"])
+    job = job_at(root, source, ["big"])
     held.cut_after = 2 * BLOCK_BYTES
     with pytest.raises(EnvironmentFault):
         upload.bring_files(cluster, "p", job, lambda _: None)

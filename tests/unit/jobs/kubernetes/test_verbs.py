@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import socket
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -221,13 +225,23 @@ def test_a_statefulset_is_stopped_by_its_replicas(world: World, tmp_path: Path) 
     assert world.cluster.read("StatefulSet", name)["spec"]["replicas"] == 1
 
 
-def test_a_queue_keeps_no_stopped_job(world: World, tmp_path: Path) -> None:
-    job, record, name = started(world, tmp_path, "queue")
-    assert world.cluster.read("Job", name)["spec"]["suspend"] is True  # the queue lets it go, not we
+def test_a_queue_lets_jobs_go_and_keeps_no_stopped_one(world: World, tmp_path: Path) -> None:
+    job = make_job(tmp_path, "queue")
+    record = make_record(job)
+    name = Names.of(record).base
+    runs = [world.make(pod(job, record, index, **RUNNING)) for index in range(2)]
+
+    def admitted() -> None:
+        assert world.cluster.read("Job", name)["spec"]["suspend"] is True  # not let go by us
+        world.cluster.patch("Job", name, {"spec": {"suspend": False}})
+
+    world.events = [admitted, *runs]
+    world.up(job, record)
+    record = load_record(job.spec.name)
     world.events = [world.remove("Pod", pod(job, record, index)["metadata"]["name"]) for index in range(2)]
     world.target.stop(record, world.said.append)
     assert world.cluster.find("Job", name) is None
-    world.events = [world.make(pod(job, record, index, **RUNNING)) for index in range(2)]
+    world.events = [admitted, *runs]
     world.up(job, record)
     assert world.cluster.find("Job", name) is not None
 
@@ -328,10 +342,44 @@ def test_strays_are_those_that_nobody_needs(world: World, tmp_path: Path) -> Non
     world.target.end_stray(found[0])
     assert world.target.strays([record]) == []
     # its own pods are not counted beside it
-    over = Record(**{**vars(record), "phase": "ended"})
+    over = replace(record, phase="ended")
     assert {stray.name for stray in world.target.strays([over])} >= {name}
     world.cluster.patch("Job", name, {"status": condition("Complete")})
     assert name not in {stray.name for stray in world.target.strays([over])}
+
+
+def test_what_is_past_its_deadline_is_a_stray(world: World, tmp_path: Path) -> None:
+    _, record, name = started(world, tmp_path)
+    began = {"status": {"startTime": "2026-01-01T00:00:00Z"}}
+    world.cluster.patch("Job", name, began)
+    assert world.target.strays([record]) == []  # no deadline is known
+    bounded = replace(record, limit_hours=4.0)
+    (stray,) = world.target.strays([bounded])
+    assert stray.why.startswith("its deadline was ") and stray.id == f"|default|Job|{name}"
+    world.cluster.patch("Job", name, {"spec": {"suspend": True}})
+    assert world.target.strays([bounded]) == []  # it holds no machine
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    world.cluster.patch("Job", name, {"spec": {"suspend": False}, "status": {"startTime": now}})
+    assert world.target.strays([bounded]) == []
+
+
+def test_a_preparation_can_be_stopped(world: World, tmp_path: Path) -> None:
+    job = make_job(tmp_path, "prepare")
+    record = make_record(job)
+    names = Names.of(record)
+    worker = pod(job, record, role="prepare", **RUNNING)
+
+    def leave() -> None:
+        raise KeyboardInterrupt
+
+    world.events = [world.make(worker), leave]
+    with pytest.raises(KeyboardInterrupt):
+        world.up(job, record)
+    record = load_record(job.spec.name)
+    assert record.phase == "asked"
+    world.events = [world.remove("Pod", worker["metadata"]["name"])]
+    assert world.target.stop(record, world.said.append).phase == "stopped"
+    assert world.cluster.find("Job", names.prepare) is None
 
 
 def test_cost_is_the_clock_times_the_price(world: World, tmp_path: Path) -> None:
@@ -340,7 +388,7 @@ def test_cost_is_the_clock_times_the_price(world: World, tmp_path: Path) -> None
     world.cluster.patch("Job", name, {"status": status})
     free = world.target.cost(record)
     assert (free.hours, free.estimated) == (2.5, 0.0) and "no price" in free.note
-    paid = world.target.cost(Record(**{**vars(record), "dollars_per_hour": 4.0}))
+    paid = world.target.cost(replace(record, dollars_per_hour=4.0))
     assert (paid.estimated, paid.billed, paid.note) == (10.0, None, "")
 
 
@@ -373,6 +421,44 @@ def test_a_cluster_that_does_not_answer() -> None:
     cluster = Cluster(client.ApiClient(settings), "default")
     with pytest.raises(EnvironmentFault, match="does not answer"):
         cluster.read("Job", "x")
+
+
+def test_the_kubeconfig_says_where_and_who(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None: ...
+
+        def do_GET(self) -> None:
+            asked.append((self.path, self.headers["Authorization"]))
+            self.send_response(403)
+            self.end_headers()
+            self.wfile.write(b'{"message": "pods is forbidden"}')
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        config = {
+            "current-context": "first",
+            "clusters": [
+                {"name": "nowhere", "cluster": {"server": "http://127.0.0.1:1"}},
+                {"name": "here", "cluster": {"server": url}},
+            ],
+            "users": [{"name": "me", "user": {"token": "canary-0123456789"}}],
+            "contexts": [
+                {"name": "first", "context": {"cluster": "nowhere", "user": "me"}},
+                {"name": "second", "context": {"cluster": "here", "user": "me"}},
+            ],
+        }
+        path = tmp_path / "config"
+        path.write_text(json.dumps(config))
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
+        with pytest.raises(EnvironmentFault) as caught:
+            connect("second", "team").read("Pod", "p")
+        server.shutdown()
+    assert asked == [("/api/v1/namespaces/team/pods/p", "Bearer canary-0123456789")]
+    assert "pods is forbidden" in caught.value.why
+    assert "canary" not in str(caught.value)
 
 
 def test_no_kubeconfig(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
