@@ -42,6 +42,7 @@ def create(cluster: Cluster, manifest: Object, token: str, say: Say) -> Object:
         found = cluster.read(kind, name)
         _refuse_foreign(found, manifest, token)
         if kind == "ConfigMap" and found.get("data") != manifest["data"]:
+            say(f"changed: {kind} {name}; pods that start from now on read it")
             return cluster.patch(kind, name, {"data": manifest["data"]})
         return found
     except NotFound as error:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from trainway.errors import ConfigError, EnvironmentFault, UserError
-from trainway.jobs.kubernetes.cluster import KINDS, Cluster, Object, connect
+from trainway.jobs.kubernetes.cluster import Cluster, Object, connect
 from trainway.jobs.kubernetes.creating import (
     bring_files,
     create,
@@ -20,6 +20,8 @@ from trainway.jobs.kubernetes.manifests import SPARE_S, Manifests, build, claim_
 from trainway.jobs.kubernetes.names import MANAGED_BY, PRICE, TOKEN, Names, selector
 from trainway.jobs.kubernetes.shell import output, terminal, tunnel
 from trainway.jobs.kubernetes.states import (
+    conditions,
+    is_complete,
     is_finished,
     is_running,
     job_status,
@@ -69,6 +71,9 @@ class KubernetesTarget:
         for manifest in (manifests.claim, manifests.settings, manifests.service):
             if manifest is not None:
                 create(cluster, manifest, record.token, say)
+        found = cluster.find(record.place["kind"], record.place["name"])
+        if found is not None and (is_complete(found) or not is_finished(found)):
+            return  # its files and its data were there before it, and its pods may hold the volume
         if manifests.upload is not None:
             bring_files(cluster, manifests.upload, job, record.token, say, self._wait)
         if manifests.prepare is not None:
@@ -125,6 +130,7 @@ class KubernetesTarget:
         """Suspend the job, or take it out of its queue: its pods save within their grace time and are gone."""
         cluster, kind, name = self._find(record)
         found = cluster.find(kind, name)
+        hours = _hours(record, found)
         if found is None and record.place["prepare"] and cluster.delete("Job", record.place["prepare"]):
             self._wait_for_pods_to_go(cluster, record, say)
             say("stopped: the parts that are tokenised are kept")
@@ -142,13 +148,14 @@ class KubernetesTarget:
             cluster.patch(kind, name, {"spec": {"suspend": True}})
         self._wait_for_pods_to_go(cluster, record, say)
         say(f"stopped: `trainway up` goes on from the last checkpoint; {_kept(record)}")
-        return record.with_(phase="stopped")
+        return record.with_(phase="stopped", place={**record.place, "hours": hours})
 
     def down(self, record: Record, say: Say) -> Record:
         """Delete all but the volume, and see that it is gone."""
         if not record.place:
             return record.with_(phase="ended", ended=time.time())
         cluster, kind, name = self._find(record)
+        hours = _hours(record, cluster.find(kind, name))
         cluster.delete(kind, name)
         names = Names.of(record)
         for other, called in (("Job", names.prepare), ("Pod", names.upload), ("Service", names.base)):
@@ -158,17 +165,14 @@ class KubernetesTarget:
         while cluster.find(kind, name) is not None:
             self._wait(POLL_S)
         say(f"gone: {kind} {name}; {_kept(record)}")
-        return record.with_(phase="ended", ended=time.time())
+        return record.with_(phase="ended", ended=time.time(), place={**record.place, "hours": hours})
 
     def cost(self, record: Record) -> Cost:
-        """By the clock from the first pod's start, which Kubernetes does not bill."""
-        began, ended = record.created, record.ended
-        if record.place:
+        """By the clock, from each start to its end, the waiting for room included: Kubernetes sends no bill."""
+        hours = float(record.place.get("hours", 0.0))
+        if record.place and record.phase != "ended":
             cluster, kind, name = self._find(record)
-            status = (cluster.find(kind, name) or {}).get("status", {})
-            began = timestamp(status.get("startTime")) or began
-            ended = timestamp(status.get("completionTime")) or ended
-        hours = max(0.0, (ended or time.time()) - began) / 3600
+            hours = _hours(record, cluster.find(kind, name))
         note = "" if record.dollars_per_hour else "no price is known: set `price` of the GPU in the job file"
         return Cost(hours, hours * record.dollars_per_hour, None, note)
 
@@ -233,7 +237,24 @@ def _place(job: Job, record: Record) -> dict[str, Any]:
         "claim": claim_name(job, names),
         "queued": kube.queue is not None,
         "prepare": names.prepare if kube.prepare_workers > 1 else None,
+        "hours": record.place.get("hours", 0.0),  # before the last stop
+        "since": record.place["since"] if record.phase == "up" else time.time(),
     }
+
+
+def _hours(record: Record, workload: Object | None) -> float:
+    """Hours that the job has had its machines, those before the last stop included.
+
+    A Job's own startTime begins anew with each `up`; of a JobSet there is only its creation.
+    """
+    before = float(record.place.get("hours", 0.0))
+    if workload is None or _state(workload) == "suspended":
+        return before
+    status = workload.get("status", {})
+    began = timestamp(status.get("startTime") or workload["metadata"].get("creationTimestamp"))
+    last = next(iter(conditions(workload).values()), {}) if is_finished(workload) else {}
+    ended = timestamp(status.get("completionTime") or last.get("lastTransitionTime")) or time.time()
+    return before + max(0.0, ended - max(began or 0.0, float(record.place["since"]))) / 3600
 
 
 def _inside(cluster: Cluster, record: Record, pod: Object) -> PodState | None:
@@ -252,12 +273,13 @@ def _workloads(cluster: Cluster, spaces: set[str]) -> Iterator[tuple[str, Object
         try:
             items = cluster.list(kind, f"{MANAGED_BY}=trainway", everywhere=True)
         except EnvironmentFault:
+            if not spaces:
+                raise
             items = []
             for space in sorted(spaces):
                 items += Cluster(cluster.api, space).list(kind, f"{MANAGED_BY}=trainway")
         for item in items:
-            # the others belong to a workload
-            if not item["metadata"].get("ownerReferences") and kind in KINDS:
+            if not item["metadata"].get("ownerReferences"):  # the others belong to a workload
                 yield kind, item
 
 

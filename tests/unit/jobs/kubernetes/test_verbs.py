@@ -298,6 +298,10 @@ def test_tokenising_comes_before_any_gpu(world: World, tmp_path: Path) -> None:
     world.up(job, record)
     assert f"tokenised: {names.prepare}" in world.said
     assert world.count()["Job"] == 2
+    # a job that runs has its data: its pods may hold the volume
+    world.cluster.delete("Job", names.prepare)
+    world.up(job, load_record(job.spec.name))
+    assert world.count()["Job"] == 1
 
 
 def test_a_failed_preparation_starts_no_training(world: World, tmp_path: Path) -> None:
@@ -383,13 +387,35 @@ def test_a_preparation_can_be_stopped(world: World, tmp_path: Path) -> None:
 
 
 def test_cost_is_the_clock_times_the_price(world: World, tmp_path: Path) -> None:
-    _, record, name = started(world, tmp_path)
-    status = {"startTime": "2026-01-01T00:00:00Z", "completionTime": "2026-01-01T02:30:00Z"}
-    world.cluster.patch("Job", name, {"status": status})
-    free = world.target.cost(record)
-    assert (free.hours, free.estimated) == (2.5, 0.0) and "no price" in free.note
-    paid = world.target.cost(replace(record, dollars_per_hour=4.0))
-    assert (paid.estimated, paid.billed, paid.note) == (10.0, None, "")
+    job, record, name = started(world, tmp_path)
+    began = record.place["since"]
+    assert world.target.cost(record).note == "no price is known: set `price` of the GPU in the job file"
+    paid = replace(record, dollars_per_hour=4.0)
+    world.cluster.patch(
+        "Job", name, {"status": {"startTime": clock(began), "completionTime": clock(began + 9000)}}
+    )
+    assert world.target.cost(paid).hours == pytest.approx(2.5, abs=1e-3)
+    assert world.target.cost(paid).estimated == pytest.approx(10.0, abs=1e-2)
+    # the hours before a stop count, those between a stop and the next `up` do not
+    world.events = [world.remove("Pod", pod(job, record)["metadata"]["name"])]
+    stopped = world.target.stop(paid, world.said.append)
+    assert world.target.cost(stopped).hours == pytest.approx(2.5, abs=1e-3)
+    world.events = [world.make(pod(job, record, **RUNNING))]
+    world.cluster.patch("Job", name, {"status": {"startTime": None, "completionTime": None}})
+    again = world.up(job, stopped)
+    later = again.place["since"]
+    world.cluster.patch(
+        "Job", name, {"status": {"startTime": clock(later), "completionTime": clock(later + 3600)}}
+    )
+    assert world.target.cost(again).hours == pytest.approx(3.5, abs=1e-3)
+    world.events = [world.remove("Pod", pod(job, record)["metadata"]["name"])]
+    assert world.target.cost(world.target.down(again, world.said.append)).hours == pytest.approx(
+        3.5, abs=1e-3
+    )
+
+
+def clock(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()
 
 
 def test_a_cluster_without_jobsets_says_so(tmp_path: Path) -> None:
