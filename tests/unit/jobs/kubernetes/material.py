@@ -99,6 +99,7 @@ def pod(job: Job, record: Record, index: int = 0, role: str = "train", **status:
             "namespace": job.spec.kubernetes.namespace,
             "creationTimestamp": "2026-01-01T00:00:00Z",
             "labels": {**names.labels(role), INDEX: str(index)},  # type: ignore[arg-type]
+            "ownerReferences": [{"apiVersion": "batch/v1", "kind": "Job", "name": names.base, "uid": "1"}],
         },
         "status": {"phase": "Pending", **status},
     }
