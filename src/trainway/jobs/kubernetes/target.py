@@ -82,8 +82,11 @@ class KubernetesTarget:
     def status(self, record: Record) -> JobStatus:
         cluster, kind, name = self._find(record)
         pods = cluster.list("Pod", selector(record.token, "train"))
-        found = job_status(kind, cluster.find(kind, name), pods, record.place["nodes"])
-        if found.machine == "gone" and record.phase == "asked" and record.place.get("prepare"):
+        workload = cluster.find(kind, name)
+        found = job_status(kind, workload, pods, record.place["nodes"])
+        if workload is None and record.phase == "stopped":
+            return JobStatus("stopped", "taken out of its queue: `trainway up` goes on")
+        if workload is None and record.phase == "asked" and record.place["prepare"]:
             found = self._preparing(cluster, record) or found
         first = next((pod for pod in latest_pods(pods) if is_running(pod)), None)
         if first is None:

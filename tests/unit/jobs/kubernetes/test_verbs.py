@@ -239,8 +239,9 @@ def test_a_queue_lets_jobs_go_and_keeps_no_stopped_one(world: World, tmp_path: P
     world.up(job, record)
     record = load_record(job.spec.name)
     world.events = [world.remove("Pod", pod(job, record, index)["metadata"]["name"]) for index in range(2)]
-    world.target.stop(record, world.said.append)
+    stopped = world.target.stop(record, world.said.append)
     assert world.cluster.find("Job", name) is None
+    assert world.target.status(stopped).machine == "stopped"
     world.events = [admitted, *runs]
     world.up(job, record)
     assert world.cluster.find("Job", name) is not None
