@@ -44,7 +44,11 @@ def prepare(
         str | None, typer.Option(help="Which part to make, from 0; auto: what JOB_COMPLETION_INDEX says.")
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Join the parts of all workers to the store.")
+        bool,
+        typer.Option(
+            "--merge",
+            help="Join the parts of all workers to the store; with --worker-index only if it is the last.",
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:

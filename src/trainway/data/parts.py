@@ -131,6 +131,16 @@ def prepare_part(job: Job, num_workers: int, worker_index: int | Literal["auto"]
     return PreparedPart(path, index, num_workers, text, cached, job.absent, warnings)
 
 
+def all_made(job: Job, num_workers: int) -> bool:
+    """Whether every part is there, and the store is not yet.
+
+    Of workers that finish at once the last to have renamed its part sees those of all.
+    """
+    folder = parts_dir(job)
+    names = (_part_name(index, num_workers) for index in range(num_workers))
+    return not job.store_dir.exists() and all((folder / name).is_dir() for name in names)
+
+
 def merge_job(job: Job, num_workers: int) -> None:
     """Make the job's store, whose lock is ours, of the parts; remove them.
 

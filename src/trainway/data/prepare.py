@@ -17,7 +17,7 @@ from trainway.data.building import (
     write_documents,
     write_tokenizer,
 )
-from trainway.data.parts import PreparedPart, merge_job, prepare_part
+from trainway.data.parts import PreparedPart, all_made, merge_job, prepare_part
 from trainway.data.prepared import PreparedData, open_prepared
 from trainway.data.store import TOKENIZER_DIR
 from trainway.data.turns import Progress, turn
@@ -75,7 +75,9 @@ def _prepare(
     progress: Progress | None,
     root: Path | None,
     tokenizer_dir: Path | None,
+    merge: bool = False,
 ) -> PreparedData | PreparedPart:
+    """merge: join the parts when this one was the last that was missing."""
     began = time.time()
     if (num_workers is None) != (worker_index is None):
         raise ConfigError(
@@ -85,7 +87,8 @@ def _prepare(
         )
     job = settle(config, root or Path.cwd(), progress or _silent, began, tokenizer_dir)
     if num_workers is not None and worker_index is not None:
-        return prepare_part(job, num_workers, worker_index)
+        part = prepare_part(job, num_workers, worker_index)
+        return _merge(job, num_workers) if merge and all_made(job, num_workers) else part
     with turn(lock_path(job), job.report) as own:
         cached = job.store_dir.exists()
         if not cached:
@@ -109,13 +112,7 @@ def merge_parts(
     Raises DataError naming the part that is missing, damaged or made from other data or settings.
     """
     began = time.time()
-    job = settle(config, root or Path.cwd(), progress or _silent, began, tokenizer_dir)
-    with turn(lock_path(job), job.report) as own:
-        cached = job.store_dir.exists()
-        if not cached:
-            clear_stale(job.store_dir)
-            merge_job(job, num_workers)
-        return open_prepared(job, own, cached)
+    return _merge(settle(config, root or Path.cwd(), progress or _silent, began, tokenizer_dir), num_workers)
 
 
 def prepare_as_asked(
@@ -129,15 +126,16 @@ def prepare_as_asked(
 ) -> PreparedData | PreparedPart:
     """prepare or merge_parts, as the options of the command line say.
 
+    With an index and `merge` the worker that finishes last joins the parts: nobody has to wait for the others.
     Raises ConfigError for options that do not go together.
     """
-    if merge and (num_workers is None or worker_index is not None):
+    if merge and num_workers is None:
         raise ConfigError(
             "--merge joins the parts of all workers",
-            "--num-workers is not given" if num_workers is None else "--worker-index names one of them",
+            "--num-workers is not given",
             "e.g. --num-workers 4 --merge",
         )
-    if merge and num_workers is not None:
+    if merge and num_workers is not None and worker_index is None:
         return merge_parts(config, num_workers, progress=progress, tokenizer_dir=tokenizer_dir)
     if worker_index is not None and worker_index != "auto" and not worker_index.isdecimal():
         raise ConfigError(
@@ -146,12 +144,21 @@ def prepare_as_asked(
     index: int | Literal["auto"] | None = "auto"
     if worker_index != "auto":
         index = None if worker_index is None else int(worker_index)
-    return _prepare(config, num_workers, index, progress, None, tokenizer_dir)
+    return _prepare(config, num_workers, index, progress, None, tokenizer_dir, merge)
 
 
 def lock_path(job: Job) -> Path:
     """The file that whoever makes or verifies the store holds the lock of."""
     return job.store_dir.with_name(f"{job.store_dir.name}.lock")
+
+
+def _merge(job: Job, num_workers: int) -> PreparedData:
+    with turn(lock_path(job), job.report) as own:
+        cached = job.store_dir.exists()
+        if not cached:
+            clear_stale(job.store_dir)
+            merge_job(job, num_workers)
+        return open_prepared(job, own, cached)
 
 
 def _build(job: Job, out: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import multiprocessing
+import os
 import shutil
 import signal
 import time
@@ -19,8 +20,8 @@ from tests.unit.data.test_prepare import TEXTS, settings, write_corpus
 
 from trainway.config.schema import RunConfig, SourceConfig, TokenizerConfig
 from trainway.data import building, parts
-from trainway.data.parts import content_difference, resolve_index, split_files
-from trainway.data.prepare import merge_parts, prepare, prepare_as_asked
+from trainway.data.parts import PreparedPart, content_difference, resolve_index, split_files
+from trainway.data.prepare import PreparedData, merge_parts, prepare, prepare_as_asked
 from trainway.data.tokenizer import train_tokenizer
 from trainway.errors import ConfigError, DataError
 
@@ -315,7 +316,6 @@ def test_the_index_of_a_worker(index: Any, environ: dict[str, str], expected: in
     ("options", "message"),
     [
         ({"merge": True}, "--num-workers is not given"),
-        ({"merge": True, "num_workers": 2, "worker_index": "0"}, "--worker-index names one of them"),
         ({"num_workers": 2}, "needs both its index and the number"),
         ({"worker_index": "auto"}, "needs both its index and the number"),
         ({"num_workers": 2, "worker_index": "first"}, "'first'"),
@@ -329,6 +329,54 @@ def test_options_that_do_not_go_together(
     given = {"num_workers": None, "worker_index": None, "merge": False, **options}
     with pytest.raises(ConfigError, match=message):
         prepare_as_asked(configure("plain", bundle, root), **given)
+
+
+def _last_merges(root: Path, index: int, results: Any) -> None:
+    os.chdir(root)
+    config = configure("plain", None, root)
+    done = prepare_as_asked(config, num_workers=3, worker_index=str(index), merge=True)
+    results.put((index, isinstance(done, PreparedData)))
+
+
+def test_of_workers_at_once_the_last_one_merges(root: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [context.Process(target=_last_merges, args=(root, index, results)) for index in range(3)]
+    for process in processes:
+        process.start()
+    found = dict(results.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join()
+    assert any(found.values())
+    whole = prepare(configure("plain", None, root, store_dir="whole"), root=root)
+    (merged,) = (root / "cache").glob(whole.store_dir.name)
+    assert content(merged) == content(whole.store_dir)
+    assert not list((root / "cache").glob("*.parts/part-*/"))
+
+
+def test_a_worker_that_was_killed_merges_when_it_is_started_again(
+    root: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    config = configure("plain", bundle, root)
+
+    def work(index: int) -> PreparedData | PreparedPart:
+        return prepare_as_asked(config, num_workers=2, worker_index=str(index), merge=True)
+
+    process = multiprocessing.get_context("spawn").Process(target=_slow_work, args=(config, root))
+    process.start()
+    deadline = time.monotonic() + 60
+    while not (root / "reached").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    assert isinstance(work(1), PreparedPart)  # the part of the killed worker is missing
+    done = work(0)
+    assert isinstance(done, PreparedData)
+    whole = prepare(configure("plain", bundle, root, store_dir="whole"), root=root)
+    assert content(done.store_dir) == content(whole.store_dir)
+    late = work(1)  # and again, after all is done
+    assert isinstance(late, PreparedPart) and late.store_dir == done.store_dir
 
 
 def test_content_difference_names_what_changed() -> None:
