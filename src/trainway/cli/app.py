@@ -23,6 +23,7 @@ from trainway.cli import (
     quickstart,
     runs,
     smoke,
+    sync,
     train,
 )
 from trainway.cli.terminal import emit, is_main_rank, print_error
@@ -41,7 +42,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (quickstart, config, plan, doctor, smoke, bench, data, orchestrate, train, model, runs, compare):
+for group in (
+    quickstart,
+    config,
+    plan,
+    doctor,
+    smoke,
+    bench,
+    data,
+    orchestrate,
+    train,
+    model,
+    runs,
+    compare,
+    sync,
+):
     group.register(app)
 
 
