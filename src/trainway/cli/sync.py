@@ -37,8 +37,8 @@ def sync(
 
         with progress_bar() as progress:
             found = restore(url, run, progress=progress)
-        for step, problem in found.skipped:
-            emit(f"step {step} is passed over: {problem}")
+        for skipped, problem in found.skipped:
+            emit(f"step {skipped} is passed over: {problem}")
         emit(f"{run} is at step {found.step}" if found.step is not None else f"{run} has no checkpoint yet")
         return None
     if every is not None:

@@ -60,11 +60,14 @@ class Ledger:
     def put(self, store: Store, name: str, content: Content) -> Copy:
         """Make the object and note it."""
         entry = store.put(name, content)
-        copy = Copy(entry.size, content.xxh3, entry.etag)
-        self.copies[name] = copy
-        self._unsaved = True
+        copy = self.note(name, entry, content.xxh3)
         if entry.size >= SAVE_BYTES or time.monotonic() - self._saved > SAVE_EVERY_S:
             self.save(store)
+        return copy
+
+    def note(self, name: str, entry: Entry, xxh3: str) -> Copy:
+        copy = self.copies[name] = Copy(entry.size, xxh3, entry.etag)
+        self._unsaved = True
         return copy
 
     def forget(self, names: list[str]) -> None:

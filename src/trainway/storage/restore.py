@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,11 +17,11 @@ from trainway.files import atomic_write, disk_faults, fsync_directory, fsync_tre
 from trainway.run_dir import RunDir
 from trainway.storage.ledger import LEDGER, Ledger, read_ledger
 from trainway.storage.retry import Backoff
-from trainway.storage.run_files import CHECKPOINTS, POINTERS, STATE, local_steps, marker_name, step_of
+from trainway.storage.run_files import CHECKPOINTS, POINTERS, local_steps, marker_name, step_of
 from trainway.storage.store import Entry, Store, open_store
+from trainway.storage.sync import MAX_MARKER_BYTES, read_copies, write_copies
 from trainway.storage.transfer import Progress, fetch
 
-MAX_MARKER_BYTES = 64 << 20
 UNFINISHED = ".tmp-restore"
 """Ends the name of a checkpoint that is still arriving; the next restore goes on with it, a training removes it."""
 
@@ -70,14 +69,8 @@ def restore(
             run.checkpoints, keep_last=1
         ).clean()  # `latest` and `best`, and what an interruption left
         # last: only a run that is all here may change its copy
-        state = {
-            "url": url,
-            "id": ledger.id,
-            "held": list(fetched.steps),
-            "state": "restored",
-            "step": fetched.step,
-        }
-        atomic_write(run.path / STATE, json.dumps(state, indent=1) + "\n")
+        copies = {**read_copies(run.path), url: {"id": ledger.id, "held": list(fetched.steps)}}
+        write_copies(run.path, copies, url=url, state="restored", step=fetched.step, error="")
     return fetched
 
 

@@ -35,6 +35,7 @@ from trainway.storage.store import Content, Entry, Store, open_store
 
 Say = Callable[[str], None]
 FINAL_ATTEMPTS = 3
+MAX_MARKER_BYTES = 64 << 20
 
 
 class Syncer:
@@ -48,7 +49,8 @@ class Syncer:
         self._store: Store = open_store(url, backoff)
         self._ledger: Ledger | None = None
         self._listed: dict[str, Entry] = {}
-        self._state = read_state(run_dir, self.url)
+        self._copies = read_copies(run_dir)
+        self._state = self._copies.setdefault(self.url, {})
         self._damaged: dict[int, str] = {}
         """Checkpoints here that are not what their manifest says, by step: the marker's hash."""
         self._sent_bytes = 0
@@ -67,12 +69,8 @@ class Syncer:
         """`copy_now` without raising: False and a line in the status file when it failed."""
         try:
             self.copy_now()
-        except (UserError, OSError) as error:
-            what = (
-                error
-                if isinstance(error, UserError)
-                else EnvironmentFault(f"{type(error).__name__}: {error.strerror}")
-            )
+        except Exception as error:  # whatever it is: the run goes on, and so does the next pass
+            what = error if isinstance(error, UserError) else EnvironmentFault(_in_words(error))
             self._note("failed", error=str(what))
             self._say(f"sync: {what.what}")
             self._ledger = None  # what is there is looked at anew
@@ -148,6 +146,7 @@ class Syncer:
         newest = max(local, default=None)
         if newest is None:
             return
+        self._adopt(ledger, local)
         ahead = {step for step in self._complete(ledger) if step in held and step > newest}
         replaced = {
             step
@@ -156,6 +155,13 @@ class Syncer:
         }
         ledger.change(abandoned=sorted(ahead | replaced))
         ledger.save(self._store)
+
+    def _adopt(self, ledger: Ledger, local: Mapping[int, LocalCheckpoint]) -> None:
+        """Note the markers that a killed pass has put there without noting them: their checkpoints are complete."""
+        for step in self._complete(ledger) & local.keys():
+            name, checkpoint = marker_name(step), local[step]
+            if name not in ledger.copies and self._store.read(name, MAX_MARKER_BYTES) == checkpoint.marker:
+                ledger.note(name, self._listed[name], checkpoint.marker_xxh3)
 
     def _next(self, ledger: Ledger) -> LocalCheckpoint | None:
         """The newest checkpoint that is here and not there: if little time is left, that is the one to have."""
@@ -183,7 +189,9 @@ class Syncer:
                         self._give_up(ledger, checkpoint, name)
                         return
         except FileNotFoundError:
-            return  # pruned here while it was copied: what arrived goes with `_retire`
+            if checkpoint.path.is_dir():
+                self._give_up(ledger, checkpoint, "")
+            return  # else pruned here while it was copied: what arrived goes with `_retire`
         except DataError:
             self._give_up(ledger, checkpoint, "")
             return
@@ -277,19 +285,17 @@ class Syncer:
 
     def _note(self, state: str, error: str = "") -> None:
         complete = self._complete(self._ledger) if self._ledger else ()
-        record = {
-            **self._state,
+        facts = {
             "url": self.url,
             "state": state,
             "time": time.time(),
-            "step": max(complete, default=self._state.get("step")),
+            "step": max(complete, default=None),
             "bytes_sent": self._sent_bytes,
             "error": error,
         }
-        self._state = record
         try:
             if self.run.path.is_dir():
-                atomic_write(self.run.path / STATE, json.dumps(record, indent=1) + "\n")
+                write_copies(self.run.path, self._copies, **facts)
         except (UserError, OSError) as failure:
             self._say(f"sync: {failure}")
 
@@ -306,15 +312,28 @@ def copy_run(run_dir: Path, url: str, *, backoff: Backoff | None = None) -> int 
     return step
 
 
-def read_state(run_dir: Path, url: str) -> dict[str, Any]:
-    """What the status file says of the copy at `url`; nothing when the run was copied elsewhere, or never."""
+def read_copies(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """What this run knows of its copies, by address: `id`, and the steps it has `held` there."""
     path = run_dir / STATE
     if not path.is_file():
         return {}
     try:
-        state = read_json(path)
-    except DataError:
+        copies = read_json(path)["copies"]
+        return {
+            str(url): {"id": str(copy["id"]), "held": [*copy.get("held", ())]}
+            for url, copy in copies.items()
+            if copy
+        }
+    except (DataError, KeyError, TypeError, AttributeError):
         return {}
-    known = ("id", "held", "step")
-    is_ours = isinstance(state, dict) and state.get("url") == url
-    return {key: state[key] for key in known if key in state} if is_ours else {}
+
+
+def write_copies(run_dir: Path, copies: Mapping[str, Mapping[str, Any]], **facts: Any) -> None:
+    """Keep what this run knows of its copies, for whoever copies it next."""
+    atomic_write(run_dir / STATE, json.dumps({**facts, "copies": copies}, indent=1) + "\n")
+
+
+def _in_words(error: Exception) -> str:
+    # not its text: a library's may repeat what it was given
+    reason = getattr(error, "strerror", None)
+    return f"{type(error).__name__}: {reason}" if reason else f"internal error: {type(error).__name__}"
