@@ -49,7 +49,7 @@ def server() -> Iterator[tuple[str, int]]:
 
 @pytest.fixture
 def faults(server: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    """A proxy to the server; the environment leads there, and a bucket `b` is new and empty."""
+    """A proxy to the server; the environment leads there, and a bucket is new and empty."""
     with faulty_proxy(*server) as found:
         for name in list(os.environ):
             if name.startswith("AWS_"):
@@ -59,7 +59,7 @@ def faults(server: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> Iterator
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", CANARY)
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        store = S3Store(parse_address("s3://b"), QUICK)
+        store = S3Store(parse_address("s3://bkt"), QUICK)
         store._ask("create_bucket")
         store.delete(store.entries())
         store.drop_unfinished("")
@@ -68,7 +68,7 @@ def faults(server: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 def store_at(prefix: str) -> S3Store:
-    return S3Store(parse_address(f"s3://b/{prefix}"), QUICK, block_bytes=BLOCK)
+    return S3Store(parse_address(f"s3://bkt/{prefix}"), QUICK, block_bytes=BLOCK)
 
 
 def some_bytes(size: int, seed: int = 1) -> bytes:
@@ -107,13 +107,13 @@ def test_reading_survives(faults: Faults, tmp_path: Path, fault: Fault) -> None:
 def test_bytes_altered_on_the_way_are_never_taken(faults: Faults, tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "x").write_bytes(b"right")
-    copy_tree(tmp_path / "tree", "s3://b/t", backoff=QUICK)
+    copy_tree(tmp_path / "tree", "s3://bkt/t", backoff=QUICK)
     faults.plan += [("GET", "/t/x", "flipped", 0)]
-    copy_tree("s3://b/t", tmp_path / "back", backoff=QUICK)
+    copy_tree("s3://bkt/t", tmp_path / "back", backoff=QUICK)
     assert (tmp_path / "back" / "x").read_bytes() == b"right"
     faults.plan += [("GET", "/t/x", "flipped", 0)] * 9
     with pytest.raises(DataError, match="altered"):
-        copy_tree("s3://b/t", tmp_path / "more", backoff=QUICK)
+        copy_tree("s3://bkt/t", tmp_path / "more", backoff=QUICK)
     assert not (tmp_path / "more" / "x").exists()
 
 
@@ -186,17 +186,17 @@ def test_a_run_is_copied_through_faults_and_restored(faults: Faults, tmp_path: P
         ("PUT", "/metrics.jsonl", "cut request", 0), ("PUT", "manifest.json", "lost answer", 0),
         ("PUT", ".trainway.json", "500", 1), ("GET", "list-type", "429", 0),
     ]  # fmt: skip
-    assert copy_run(run.dir.path, "s3://b/run", backoff=QUICK) == 20
+    assert copy_run(run.dir.path, "s3://bkt/run", backoff=QUICK) == 20
     assert not faults.plan
-    assert find_run("s3://b/run", backoff=QUICK) == 20
+    assert find_run("s3://bkt/run", backoff=QUICK) == 20
     faults.plan += [("GET", "model.safetensors", "cut answer", 0), ("GET", "optimizer", "flipped", 0)]
-    assert restore("s3://b/run", tmp_path / "back", backoff=QUICK).steps == (10, 20)
+    assert restore("s3://bkt/run", tmp_path / "back", backoff=QUICK).steps == (10, 20)
     assert not faults.plan
     same_run(run.dir.path, tmp_path / "back")
 
 
 def follow(run: Path, *, every: float = 0.2) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "trainway.storage", str(run), "s3://b/run", "--every", str(every)]
+    command = [sys.executable, "-m", "trainway.storage", str(run), "s3://bkt/run", "--every", str(every)]
     return subprocess.Popen(command, stderr=subprocess.PIPE)
 
 
@@ -209,17 +209,17 @@ def test_kill_9_in_the_middle_and_once_more(
 ) -> None:
     run = ToyRun(tmp_path / "run", size=5 if part != "partNumber=2" else 2_000_000)
     run.train(10)
-    copy_run(run.dir.path, "s3://b/run", backoff=QUICK)
+    copy_run(run.dir.path, "s3://bkt/run", backoff=QUICK)
     run.train(20)
     faults.plan += [(method, part, "hold", 0)]
     process = follow(run.dir.path)
     wait_for(faults.held.is_set, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert find_run("s3://b/run", backoff=QUICK) == (20 if "latest" in part else 10)
-    assert restore("s3://b/run", tmp_path / "back", backoff=QUICK).skipped == ()
-    assert Syncer(run.dir.path, "s3://b/run", backoff=QUICK).copy_now() == 20
-    restore("s3://b/run", tmp_path / "again", backoff=QUICK)
+    assert find_run("s3://bkt/run", backoff=QUICK) == (20 if "latest" in part else 10)
+    assert restore("s3://bkt/run", tmp_path / "back", backoff=QUICK).skipped == ()
+    assert Syncer(run.dir.path, "s3://bkt/run", backoff=QUICK).copy_now() == 20
+    restore("s3://bkt/run", tmp_path / "again", backoff=QUICK)
     run.store._retire(10)
     same_run(run.dir.path, tmp_path / "again")
     assert store_at("run")._unfinished("") == []
@@ -237,7 +237,7 @@ def test_sigterm_is_one_last_pass_and_nothing_told(faults: Faults, tmp_path: Pat
     process.terminate()
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    assert find_run("s3://b/run", backoff=QUICK) == 20
+    assert find_run("s3://bkt/run", backoff=QUICK) == 20
     assert store_at("run").read("log.txt", 99) == b"the last line\n"
     assert json.loads(state.read_text())["state"] == "done"
     copied = b"".join(path.read_bytes() for path in run.dir.path.rglob("*") if path.is_file())
@@ -253,7 +253,7 @@ def test_prepare_reads_from_the_bucket_once(
     store.put("train/b.jsonl", Content.of_bytes(b"".join(lines[300:])))
     store.put("train/notes.xyz", Content.of_bytes(b"of no known kind"))
     config = tiny(corpus, tmp_path / "cache", tmp_path / "run")
-    config["data"]["train"] = ["s3://b/data/train/*.jsonl"]  # type: ignore[index]
+    config["data"]["train"] = ["s3://bkt/data/train/*.jsonl"]  # type: ignore[index]
     path = write_config(tmp_path / "tiny.yaml", config)
     faults.plan += [("GET", "/train/b.jsonl", "cut answer", 0)]
     run_cli("prepare", path)
@@ -279,9 +279,9 @@ def test_a_run_restored_elsewhere_goes_on_as_if_never_stopped(
         ("PUT", "model.safetensors", "cut request", 0),
         ("GET", "model.safetensors", "cut answer", 0),
     ]
-    run_cli("sync", run, "s3://b/runs/one")
+    run_cli("sync", run, "s3://bkt/runs/one")
     shutil.rmtree(run)
-    done = run_cli("sync", tmp_path / "elsewhere", "s3://b/runs/one", "--restore")
+    done = run_cli("sync", tmp_path / "elsewhere", "s3://bkt/runs/one", "--restore")
     assert f"{tmp_path / 'elsewhere'} is at step 10" in done.stdout
     assert not faults.plan
     again = tiny(corpus, store_dir, tmp_path / "elsewhere")

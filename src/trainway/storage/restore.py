@@ -63,8 +63,8 @@ def restore(
         _refuse_newer(run, steps, url)
         fetched = _checkpoints(store, url, ledger, listed, run, steps, progress or _silent)
         for name, entry in sorted(listed.items()):
-            if name != LEDGER and name in ledger.copies and not name.startswith(f"{CHECKPOINTS}/"):
-                fetch(store, url, name, entry, run.path / name, ledger.copies[name].xxh3)
+            if name != LEDGER and not name.startswith(f"{CHECKPOINTS}/"):
+                fetch(store, url, name, entry, run.path / name, _noted_hash(ledger, name, entry))
         CheckpointStore(
             run.checkpoints, keep_last=1
         ).clean()  # `latest` and `best`, and what an interruption left
@@ -77,6 +77,12 @@ def restore(
 def _complete(ledger: Ledger, listed: Mapping[str, Entry]) -> set[int]:
     steps = {step for step in map(step_of, listed) if step is not None}
     return {step for step in steps if marker_name(step) in listed} - set(ledger.abandoned)
+
+
+def _noted_hash(ledger: Ledger, name: str, entry: Entry) -> str | None:
+    # a pass that was killed may have sent a newer version than it could note: that has the store's own MD5
+    copy = ledger.copies.get(name)
+    return copy.xxh3 if copy is not None and Entry(copy.size, copy.etag) == entry else None
 
 
 def _refuse_newer(run: RunDir, steps: list[int], url: str) -> None:

@@ -130,7 +130,7 @@ class DirectoryStore:
                 relative = path.relative_to(self.folder).as_posix()
                 if relative.startswith(prefix) and not path.is_symlink() and ".tmp-" not in relative:
                     with suppress(FileNotFoundError):
-                        found[relative] = Entry(path.stat().st_size)
+                        found[relative] = _file_entry(path)
         return found
 
     def put(self, name: str, content: Content) -> Entry:
@@ -140,7 +140,7 @@ class DirectoryStore:
         with atomic_open(path) as file:
             for block in content.blocks():
                 file.write(block)
-        return Entry(content.size)
+        return _file_entry(path)
 
     def read(self, name: str, limit: int) -> bytes | None:
         try:
@@ -169,7 +169,8 @@ class DirectoryStore:
             with disk_faults(path):
                 path.unlink(missing_ok=True)
             with suppress(OSError):  # the last one takes its directory along
-                path.parent.rmdir()
+                for parent in path.relative_to(self.folder).parents[:-1]:
+                    (self.folder / parent).rmdir()
 
     def drop_unfinished(self, prefix: str) -> None:
         for path in list(self.folder.rglob("*.tmp-*")):
@@ -282,6 +283,12 @@ def file_md5(path: Path, part_bytes: int | None = None) -> tuple[bytes, int]:
         whole.update(hashlib.md5(block, usedforsecurity=False).digest() if part_bytes else block)
         count += 1
     return whole.digest(), count
+
+
+def _file_entry(path: Path) -> Entry:
+    # a file is replaced as a whole here, so each version has an inode and a time of its own
+    status = path.stat()
+    return Entry(status.st_size, f"{status.st_ino:x}-{status.st_mtime_ns:x}")
 
 
 def _entry(facts: dict[str, Any]) -> Entry:
