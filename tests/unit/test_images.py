@@ -96,7 +96,7 @@ def test_the_training_image_installs_what_constraints_pin() -> None:
     extras = re.search(r"'\.\[([\w,]+)\]'", runs)
     assert extras is not None
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = list(project["dependencies"]) + ["deepspeed"]
+    wanted = [*project["dependencies"], "deepspeed"]
     for extra in extras[1].split(","):
         wanted += project["optional-dependencies"][extra]
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())

@@ -315,7 +315,8 @@ def _told(error: Exception, where: str) -> Exception:
             "set them in the environment of this process, with AWS_ENDPOINT_URL for a store that is not Amazon's",
         )
     network = (
-        boto.HTTPClientError, boto.ResponseParserError, boto.IncompleteReadError, boto.ResponseStreamingError,
+        boto.HTTPClientError, boto.IncompleteReadError, boto.ResponseStreamingError,
+        importlib.import_module("botocore.parsers").ResponseParserError,
         aiohttp.ClientError, asyncio.TimeoutError, TimeoutError, ConnectionError,
     )  # fmt: skip
     if isinstance(error, network) or type(error).__name__ in ("IncompleteRead", "FSTimeoutError"):
