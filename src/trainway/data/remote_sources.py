@@ -51,10 +51,39 @@ def with_fetched_sources(data: DataConfig, cache: Path, report: Progress) -> Dat
     return data.model_copy(update={"train": tuple(train), "validation": validation})
 
 
+def look_up(path: str, cache: Path) -> tuple[int, int]:
+    """Files and bytes that an address stands for: by what was fetched before, else by the store's listing.
+
+    Raises as `with_fetched_sources`, but fetches nothing.
+    """
+    address = str(parse_address(path))
+    origin = _folder(address, cache) / ORIGIN
+    if origin.exists():
+        sizes = [file["size"] for file in read_json(origin)["files"]]
+    else:
+        base, pattern = _split(address)
+        sizes = [entry.size for entry in _wanted(open_store(base), pattern).values()]
+    if not sizes:
+        raise _nothing_there(address)
+    return len(sizes), sum(sizes)
+
+
+def _folder(address: str, cache: Path) -> Path:
+    return cache / REMOTE_DIR / xxhash.xxh3_64_hexdigest(address.encode())
+
+
+def _nothing_there(address: str) -> DataError:
+    return DataError(
+        f"{address} holds no data",
+        "no object of that name or below it is of a known kind",
+        "correct the address, or bring the data there",
+    )
+
+
 def _fetched(path: str, cache: Path, report: Progress, *, optional: bool) -> str:
     """The local path that stands for an address, in the cache."""
     address = str(parse_address(path))
-    folder = cache / REMOTE_DIR / xxhash.xxh3_64_hexdigest(address.encode())
+    folder = _folder(address, cache)
     base, pattern = _split(address)
     # the files' own names, for errors and for what a name tells of a file's kind
     local = (
@@ -66,11 +95,7 @@ def _fetched(path: str, cache: Path, report: Progress, *, optional: bool) -> str
         if not (folder / ORIGIN).exists() and not _fetch(address, base, pattern, folder, report):
             if optional:
                 return local
-            raise DataError(
-                f"{address} holds no data",
-                "no object of that name or below it is of a known kind",
-                "correct the address, or bring the data there",
-            )
+            raise _nothing_there(address)
     origin = read_json(folder / ORIGIN)
     size = sum(file["size"] for file in origin["files"])
     stage("DATA", f"{address}: {len(origin['files'])} files, {size / 2**20:,.1f} MiB, kept in {folder}")
