@@ -10,11 +10,18 @@ import pytest
 
 from tests.copied_runs import DyingStore, Killed, ToyRun, complete_steps, contents, same_run
 from trainway.errors import ConfigError, DataError, EnvironmentFault
+from trainway.storage import ledger
 from trainway.storage.ledger import LEDGER
 from trainway.storage.restore import find_run, restore
 from trainway.storage.run_files import whole_lines
 from trainway.storage.store import Content, DirectoryStore, Entry
 from trainway.storage.sync import Syncer, copy_run
+
+
+@pytest.fixture(autouse=True)
+def _no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written must not depend on how fast this machine is."""
+    monkeypatch.setattr(ledger, "SAVE_EVERY_S", float("inf"))
 
 
 def syncer(run: ToyRun, store: DirectoryStore) -> Syncer:
