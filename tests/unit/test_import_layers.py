@@ -14,10 +14,21 @@ import trainway
 ROOT = Path(trainway.__file__).parent
 LAYERS = (
     {"planning", "config", "run_dir", "files", "errors", "logs", "provenance"},
-    {"engines", "checkpoint", "models", "data", "tracking", "losses", "muon", "optim", "schedules"},
+    {
+        "engines",
+        "checkpoint",
+        "models",
+        "data",
+        "tracking",
+        "losses",
+        "muon",
+        "optim",
+        "schedules",
+        "storage",
+    },
     {"training", "rollout"},
     {"gad"},
-    {"recipes", "release", "launch", "report", "doctor", "smoke", "jobs", "pod", "storage"},
+    {"recipes", "release", "launch", "report", "doctor", "smoke", "jobs", "pod"},
     {"cli", "__main__"},
 )
 """Lowest first; a module imports from its own layer and those below."""

@@ -25,6 +25,7 @@ from trainway.cli import (
     quickstart,
     runs,
     smoke,
+    sync,
     train,
 )
 from trainway.cli.terminal import emit, is_main_rank, print_error
@@ -58,6 +59,7 @@ for group in (
     model,
     runs,
     compare,
+    sync,
 ):
     group.register(app)
 

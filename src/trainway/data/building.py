@@ -27,6 +27,7 @@ from trainway.data.documents import (
 )
 from trainway.data.hub_sources import with_local_sources
 from trainway.data.inputs import InputFile, Inputs, find_inputs, present_sources
+from trainway.data.remote_sources import with_fetched_sources
 from trainway.data.rows import BadRecord
 from trainway.data.store import (
     FORMAT_VERSION,
@@ -121,6 +122,7 @@ def settle(
         check_vocab_size(config, vocab_size(given))
     cache = root / Path(config.data.store_dir).expanduser()
     encoder = None
+    config = config.model_copy(update={"data": with_fetched_sources(config.data, cache, report)})
     if config.recipe in OF_CONVERSATIONS:
         assert given is not None
         encoder = _encoder(config, given)

@@ -22,6 +22,7 @@ import xxhash
 from trainway.config.mixes import is_mix, train_sources
 from trainway.config.schema import DataConfig, SourceConfig
 from trainway.data.hash_memory import remembered_hashes
+from trainway.data.remote_sources import with_fetched_sources
 from trainway.data.sources import Source, find_sources
 from trainway.data.store import stream_key
 from trainway.data.turns import Progress, turn
@@ -89,10 +90,14 @@ def present_sources(data: DataConfig, inputs: Inputs) -> tuple[SourceConfig, ...
 
 
 def training_sources(data: DataConfig, root: Path | None = None) -> list[Source]:
-    """The files that data.train names, not hashed. Raises DataError as find_inputs does."""
-    return [
-        file.source for file in _find_training(data, _present(data, root or Path.cwd()), root or Path.cwd())
-    ]
+    """The files that data.train names, fetched where they are in object storage, not hashed.
+
+    Raises DataError as find_inputs does.
+    """
+    root = root or Path.cwd()
+    cache = root / Path(data.store_dir).expanduser()
+    data = with_fetched_sources(data, cache, lambda label, done, total: None)
+    return [file.source for file in _find_training(data, _present(data, root), root)]
 
 
 def _find(data: DataConfig, root: Path) -> Inputs:

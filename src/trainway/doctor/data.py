@@ -12,13 +12,15 @@ from typing import Any
 from trainway.config.mixes import train_sources
 from trainway.config.schema import RunConfig
 from trainway.data.records import FieldNames, read_records
+from trainway.data.remote_sources import look_up
 from trainway.data.rows import BadRecord, BadRow
 from trainway.data.shards import SHARD_MANIFEST, check_shards
 from trainway.data.sources import Source, find_sources, read_documents
 from trainway.doctor.findings import Finding, failure, fault, is_offline, listed, ok, warning
 from trainway.doctor.needs import hub_dataset, is_fetched
-from trainway.errors import DataError
+from trainway.errors import DataError, UserError
 from trainway.files import read_json
+from trainway.storage.address import is_remote
 
 HASH_S = 60.0
 """Seconds that hashing may take here; preparation hashes all of it again."""
@@ -76,6 +78,9 @@ def check_data(
 def _check_source(
     wanted: Wanted, config: RunConfig, hashes: bool, until: float, clock: Callable[[], float]
 ) -> Iterator[Finding]:
+    if is_remote(wanted.path):
+        yield from _check_remote(wanted, config)
+        return
     place = Path(wanted.path).expanduser()
     if wanted.optional and not place.exists():
         yield ok("data", f"{wanted.path} is absent, and optional")
@@ -92,6 +97,19 @@ def _check_source(
         yield fault("data", error)
         return
     yield from _first_rows(found, config)
+
+
+def _check_remote(wanted: Wanted, config: RunConfig) -> Iterator[Finding]:
+    """Whether object storage can be reached, the login is good and something is there; the preparation fetches it."""
+    try:
+        files, size = look_up(wanted.path, Path(config.data.store_dir).expanduser())
+    except DataError as error:
+        if not wanted.optional:
+            yield fault("data", error)
+    except UserError as error:
+        yield fault("data", error)
+    else:
+        yield ok("data", f"{wanted.path}: {files} files, {size / 2**20:,.1f} MiB")
 
 
 def _not_fetched(path: str) -> Finding:

@@ -9,6 +9,7 @@ from trainway.config.mixes import train_sources
 from trainway.config.rules import is_local
 from trainway.config.schema import RunConfig
 from trainway.errors import ConfigError, DataError, EnvironmentFault
+from trainway.storage.address import is_remote
 
 DATA_SUFFIXES = (".txt", ".text", ".md", ".py", ".jsonl", ".ndjson", ".json", ".gz", ".parquet", ".csv")
 
@@ -70,7 +71,7 @@ def _check_conversations(config: RunConfig) -> None:
 
 
 def _is_missing(path: str) -> bool:
-    """Whether `path` is written as one local file that is not there; patterns and Hub ids are not."""
-    if any(sign in path for sign in "*?["):
+    """Whether `path` is written as one local file that is not there; patterns, Hub ids and addresses are not."""
+    if is_remote(path) or any(sign in path for sign in "*?["):
         return False
     return (is_local(path) or path.endswith(DATA_SUFFIXES)) and not Path(path).expanduser().exists()

@@ -1,1 +1,1 @@
-"""Files on object storage: copied while a run goes on, verified by their hashes."""
+"""Copies in object storage: a run while it trains, a release, the data; every byte verified."""
