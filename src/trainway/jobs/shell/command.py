@@ -72,7 +72,7 @@ def ssh_command(
         line += ["-l", address.user]
     line += ["--", address.host]
     if command:
-        line += ["--", shlex.join(command)]
+        line.append(shlex.join(command))  # the `--` above has ended the options, also for what follows
     return line
 
 
