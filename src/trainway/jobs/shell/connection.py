@@ -17,7 +17,7 @@ from unicodedata import category
 
 from trainway.errors import ConfigError, DataError, EnvironmentFault
 from trainway.jobs.orders import JobDir, PodState
-from trainway.jobs.shell import far_end
+from trainway.jobs.shell import far_end, far_job
 from trainway.jobs.shell.command import (
     CONNECT_S,
     LOST,
@@ -32,9 +32,48 @@ from trainway.jobs.target import Say
 
 RETRY_S = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 30.0, 30.0)
 """Pauses between attempts that bring nothing; after the last one it is given up."""
-_FAR_MODULES = ((far_end.__name__, far_end),)
+_FAR_MODULES = ((far_end.__name__, far_end), (far_job.__name__, far_job))
 _HOST = re.compile(r"[A-Za-z0-9_.:\[][A-Za-z0-9_.:%\[\]-]*")
 _USER = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.@+-]*")
+
+
+class FarEnd:
+    """Our program at the other end, waiting for questions. BrokenPipeError means that the line is cut."""
+
+    def __init__(self, where: str, ask: BinaryIO, answer: BinaryIO) -> None:
+        self.where, self.to, self.answers = where, ask, answer
+
+    def begin(self, verb: str, **told: Any) -> None:
+        """Ask, without waiting for the answer."""
+        self.to.write(json.dumps({"verb": verb, **told}).encode() + b"\n")
+        self.to.flush()
+
+    def ask(self, verb: str, **told: Any) -> Any:
+        """Ask for something with one answer."""
+        self.begin(verb, **told)
+        return self.answer()
+
+    def answer(self) -> Any:
+        """The next line of JSON. Raises EnvironmentFault for a fault of the other end."""
+        line = self.answers.readline()
+        if not line.endswith(b"\n"):
+            raise BrokenPipeError
+        return self.checked(json.loads(line))
+
+    def checked(self, value: Any) -> Any:
+        """`value`, unless it is a fault."""
+        if isinstance(value, dict) and "fault" in value:
+            raise EnvironmentFault(
+                f"{self.where}: {value['fault']}", "so says the machine", "see to it there"
+            )
+        return value
+
+    def exactly(self, size: int) -> bytes:
+        """The next `size` bytes."""
+        block = self.answers.read(size)
+        if len(block) < size:
+            raise BrokenPipeError
+        return block
 
 
 class Connection:
@@ -178,35 +217,26 @@ class Connection:
         download(self, source, to, say)
 
     @contextmanager
-    def far_end(self, verb: str, **told: Any) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-        """Our own program (`far_end.py`) there, at work on `verb`: its input and its answers. Raises as `run`."""
+    def far_end(self) -> Iterator[FarEnd]:
+        """Our own program (`far_end.py` and those beside it) there, for as many questions as one likes.
+
+        Raises as `run`, and EnvironmentFault for what the disk there says.
+        """
         program = _program()
         boot = "import sys;exec(sys.stdin.buffer.read(int(sys.argv[1])))"
         with self.open(["python3", "-c", boot, str(len(program))], stdin=subprocess.PIPE) as process:
-            assert process.stdin is not None and process.stdout is not None
             ask, answer = cast(BinaryIO, process.stdin), cast(BinaryIO, process.stdout)
-            ask.write(program + json.dumps({"verb": verb, **told}).encode() + b"\n")
+            ask.write(program)
             ask.flush()
             while (line := answer.readline()) != far_end.HELLO:
                 if not line:
                     raise BrokenPipeError  # it did not come so far
-            yield ask, answer
+            yield FarEnd(str(self.address), ask, answer)
 
     def ask(self, verb: str, **told: Any) -> Any:
-        """One answer of our program there. Raises as `run`, and EnvironmentFault for what the disk there says."""
-        with self.far_end(verb, **told) as (_, answer):
-            line = answer.readline()
-        if not line.endswith(b"\n"):
-            raise ConnectionLost(f"{self.address} cannot be reached by SSH", "the line was cut", "try again")
-        return self.answered(json.loads(line))
-
-    def answered(self, value: Any) -> Any:
-        """`value`, unless it is a fault of the other end."""
-        if isinstance(value, dict) and "fault" in value:
-            raise EnvironmentFault(
-                f"{self.address}: {value['fault']}", "so says the machine", "see to it there"
-            )
-        return value
+        """One answer of our program there. Raises as `far_end`."""
+        with self.far_end() as far:
+            return far.ask(verb, **told)
 
     def check(self, code: int, said: bytes) -> None:
         """Raise what ssh complains of when it, and not the command, has failed with this exit code."""
@@ -233,14 +263,15 @@ def remote_logs(connection: Connection, job_dir: JobDir, *, follow: bool, tail: 
     offset, failures, rest = 0, 0, b""
     while True:
         try:
-            with connection.far_end("follow", **told, offset=offset, tail=tail) as (_, answer):
+            with connection.far_end() as far:
+                far.begin("follow", **told, offset=offset, tail=tail)
                 while True:
-                    frame = connection.answered(_frame(answer))
+                    frame = far.answer()
                     tail, failures = None, 0  # from here on we know our place
                     if "end" in frame:
                         break
                     # what came in part is asked for again, from the last byte that was used
-                    block = _exactly(answer, frame["bytes"])
+                    block = far.exactly(frame["bytes"])
                     offset = frame["offset"] + len(block)
                     *lines, rest = (rest + block).split(b"\n")
                     yield from map(_readable, lines)
@@ -256,19 +287,19 @@ def remote_logs(connection: Connection, job_dir: JobDir, *, follow: bool, tail: 
 
 def remote_status(connection: Connection, job_dir: JobDir) -> PodState | None:
     """What the job last knew of itself; None while it has not been heard of. Raises DataError for a damaged file."""
+    return state_of(connection.ask("read", path=str(job_dir.state)), f"{connection.address}: {job_dir.state}")
+
+
+def state_of(text: str | None, where: str) -> PodState | None:
+    """The state in the file's `text`. Raises DataError for a damaged one."""
     from pydantic import ValidationError
 
-    text = connection.ask("read", path=str(job_dir.state))
     if text is None:
         return None
     try:
         return PodState.model_validate_json(text)
     except ValidationError as error:
-        raise DataError(
-            f"{connection.address}: {job_dir.state} is no job's state",
-            str(error).splitlines()[0],
-            "see the log",
-        ) from None
+        raise DataError(f"{where}: not a job's state", str(error).splitlines()[0], "see the log") from None
 
 
 @functools.cache
@@ -282,20 +313,6 @@ def _program() -> bytes:
         " exec(compile(text,name,'exec'),module.__dict__)\n"
         f"sys.exit(sys.modules[{far_end.__name__!r}].serve())\n"
     ).encode()
-
-
-def _frame(answer: BinaryIO) -> Any:
-    line = answer.readline()
-    if not line.endswith(b"\n"):
-        raise BrokenPipeError
-    return json.loads(line)
-
-
-def _exactly(answer: BinaryIO, size: int) -> bytes:
-    block = answer.read(size)
-    if len(block) < size:
-        raise BrokenPipeError
-    return block
 
 
 def _readable(line: bytes) -> str:

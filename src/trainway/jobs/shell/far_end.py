@@ -33,13 +33,17 @@ class Refused(Exception):
 
 
 def serve() -> int:
-    """Do the one thing that the first line of stdin asks for; answers and faults are JSON, a line each."""
+    """Do what each line of stdin asks for, until it ends; answers and faults are JSON, a line each."""
     ask, answer = sys.stdin.buffer, sys.stdout.buffer
     answer.write(HELLO)
     answer.flush()
-    told = json.loads(ask.readline())
     try:
-        VERBS[told.pop("verb")](told, ask, answer)
+        while True:
+            line = ask.readline()
+            if not line.endswith(b"\n"):
+                return 0
+            told = json.loads(line)
+            VERBS[told.pop("verb")](told, ask, answer)
     except (BrokenPipeError, EOFError):
         return 1  # the line is cut
     except Refused as error:
@@ -47,7 +51,7 @@ def serve() -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         tell(answer, {"fault": where + (error.strerror or str(error))})
-    return 0
+    return 0  # after a fault nobody knows what the next byte is
 
 
 def tell(answer: BinaryIO, value: Any) -> None:

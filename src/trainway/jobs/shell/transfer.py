@@ -15,7 +15,7 @@ from trainway.errors import ConfigError, DataError
 from trainway.files import disk_faults
 from trainway.jobs.shell import far_end
 from trainway.jobs.shell.command import ConnectionLost
-from trainway.jobs.shell.connection import RETRY_S, Connection
+from trainway.jobs.shell.connection import RETRY_S, Connection, FarEnd
 from trainway.jobs.shell.far_end import PART
 from trainway.jobs.target import Say
 
@@ -47,20 +47,24 @@ def upload_entries(
     progress = _Progress(say, f"to {connection.address}")
 
     def attempt() -> None:
-        def there(verb: str, **told: Any) -> Any:
-            return connection.ask(verb, root=root or "/", **told)
-
-        todo = _still_to_send(
-            entries,
-            dict(zip(names, there("sizes", paths=list(names.values())), strict=True)),
-            dict(zip(names, there("sizes", paths=[there_ + PART for there_ in names.values()]), strict=True)),
-            lambda pairs: there("digests", pairs=[(_renamed(path, names), size) for path, size in pairs]),
-            lambda pairs: [
-                far_end.digest(str(folder), path.removesuffix(PART), size) for path, size in pairs
-            ],
-        )
-        progress.begin(todo)
-        _push(connection, folder, todo, root or "/", names, progress)
+        with connection.far_end() as far:
+            there = list(names.values())
+            parts = [path + PART for path in there]
+            sizes = far.ask("sizes", root=root or "/", paths=there + parts)
+            todo = _still_to_send(
+                entries,
+                dict(zip(names, sizes[: len(there)], strict=True)),
+                dict(zip(names, sizes[len(there) :], strict=True)),
+                lambda pairs: far.ask(
+                    "digests", root=root or "/", pairs=[(_renamed(path, names), size) for path, size in pairs]
+                ),
+                lambda pairs: [
+                    far_end.digest(str(folder), path.removesuffix(PART), size) for path, size in pairs
+                ],
+            )
+            progress.begin(todo)
+            if todo:
+                _push(far, folder, todo, root or "/", names, progress)
 
     _until_done(attempt, progress)
 
@@ -71,27 +75,29 @@ def download(connection: Connection, source: str, to: Path, say: Say) -> None:
     progress = _Progress(say, f"from {connection.address}")
 
     def attempt() -> None:
-        kind = connection.ask("kind", path=source)
-        single = kind == "file"
-        if kind is None:
-            raise DataError(
-                f"{connection.address}: there is no {source}", "", "see what is there: `trainway ssh`"
+        with connection.far_end() as far:
+            kind = far.ask("kind", path=source)
+            single = kind == "file"
+            if kind is None:
+                raise DataError(f"{far.where}: there is no {source}", "", "see what is there: `trainway ssh`")
+            above, _, name = source.rstrip("/").rpartition("/") if single else (source, "", "")
+            root, here = above or ("/" if source.startswith("/") else "."), to.parent if single else to
+            entries: list[Entry] = far.ask("list", root=root, name=name or None)
+            names = {entry["path"]: to.name if single else entry["path"] for entry in entries}
+            todo = _still_to_send(
+                entries,
+                {path: far_end.size_of(str(here), names[path]) for path in names},
+                {path: far_end.size_of(str(here), names[path] + PART) for path in names},
+                lambda pairs: [
+                    far_end.digest(str(here), _renamed(path, names), size) for path, size in pairs
+                ],
+                lambda pairs: far.ask(
+                    "digests", root=root, pairs=[(path.removesuffix(PART), size) for path, size in pairs]
+                ),
             )
-        above, _, name = source.rstrip("/").rpartition("/") if single else (source, "", "")
-        root, here = above or ("/" if source.startswith("/") else "."), to.parent if single else to
-        entries: list[Entry] = connection.ask("list", root=root, name=name or None)
-        names = {entry["path"]: to.name if single else entry["path"] for entry in entries}
-        todo = _still_to_send(
-            entries,
-            {path: far_end.size_of(str(here), names[path]) for path in names},
-            {path: far_end.size_of(str(here), names[path] + PART) for path in names},
-            lambda pairs: [far_end.digest(str(here), _renamed(path, names), size) for path, size in pairs],
-            lambda pairs: connection.ask(
-                "digests", root=root, pairs=[(path.removesuffix(PART), size) for path, size in pairs]
-            ),
-        )
-        progress.begin(todo)
-        _pull(connection, root, todo, here, names, progress)
+            progress.begin(todo)
+            if todo:
+                _pull(far, root, todo, here, names, progress)
 
     _until_done(attempt, progress)
 
@@ -143,28 +149,28 @@ def _renamed(path: str, names: dict[str, str]) -> str:
 
 
 def _push(
-    connection: Connection,
+    far: FarEnd,
     folder: Path,
     todo: list[tuple[Entry, int]],
     root: str,
     names: dict[str, str],
     progress: _Progress,
 ) -> None:
-    with connection.far_end("receive", root=root) as (ask, answer):
-        answers = _Answers(answer)
-        try:
-            _send_renamed(folder, todo, names, ask, progress)
-            ask.flush()
-        except far_end.Refused as error:
-            raise DataError(str(error), "", "upload files that nothing writes to") from None
-        except BrokenPipeError:
-            answers.wait()
-            connection.answered(answers.fault)  # a full disk ends it too
-            raise
+    far.begin("receive", root=root)
+    answers = _Answers(far.answers)
+    try:
+        _send_renamed(folder, todo, names, far.to, progress)
+        far.to.flush()
+    except far_end.Refused as error:
+        raise DataError(str(error), "", "upload files that nothing writes to") from None
+    except BrokenPipeError:
         answers.wait()
-        connection.answered(answers.fault)
-        if not answers.complete:
-            raise BrokenPipeError
+        far.checked(answers.fault)  # a full disk ends it too
+        raise
+    answers.wait()
+    far.checked(answers.fault)
+    if not answers.complete:
+        raise BrokenPipeError
     _check_hashes(answers.bad)
 
 
@@ -208,7 +214,7 @@ class _Answers:
 
 
 def _pull(
-    connection: Connection,
+    far: FarEnd,
     root: str,
     todo: list[tuple[Entry, int]],
     here: Path,
@@ -221,16 +227,15 @@ def _pull(
         if not frame.get("ok", True):
             bad.append(frame["path"])
 
-    with connection.far_end("send", root=root, files=todo) as (_, answer), disk_faults(here):
+    far.begin("send", root=root, files=todo)
+    with disk_faults(here):
         try:
-            far_end.receive(str(here), answer, done, names=names, moved=progress.moved)
+            far_end.receive(str(here), far.answers, done, names=names, moved=progress.moved)
         except EOFError:
             raise BrokenPipeError from None
         except far_end.Refused as error:
             raise DataError(
-                f"{connection.address}: {root} cannot be downloaded",
-                str(error),
-                "nothing was written outside",
+                f"{far.where}: {root} cannot be downloaded", str(error), "nothing was written outside"
             ) from None
     _check_hashes(bad)
 
