@@ -13,6 +13,7 @@ import typer
 from trainway import __version__
 from trainway.cli import (
     bench,
+    bootstrap,
     compare,
     config,
     data,
@@ -53,6 +54,7 @@ for group in (
     orchestrate,
     train,
     jobs,
+    bootstrap,
     model,
     runs,
     compare,

@@ -28,10 +28,12 @@ class Orders(Section):
     """Of this form."""
     job: JobName
     """Its name."""
+    token: str = ""
+    """Of this `up`: a job that has ended without being done is taken up again under another one, never under the same."""
     config: dict[str, Any]
-    """The run's settings, resolved, every place on the volume; as `trainway.config.files.config_values` gives them."""
+    """The run's settings, resolved, every place seen from the root; as `trainway.config.files.config_values` gives them."""
     root: str
-    """The volume on this machine."""
+    """The volume on this machine; the stages run there."""
     boot: bool = False
     """Run the boot stages before the training."""
     inputs: tuple[str, ...] = ()
@@ -75,16 +77,24 @@ class PodState(Section):
     """When the first start was, in seconds since 1970; restarts do not change it."""
     updated: float
     """When this was written."""
-    attempts: int = 1
+    orders: str = ""
+    """Which orders this is about: a hash of them."""
+    attempts: int = 0
     """Starts of the training so far."""
+    crashes: int = 0
+    """Of the training, since it last saved a step."""
     exit_code: int | None = None
     """Of the last stage that failed."""
     step: int = 0
     """Optimiser steps done."""
+    saved_step: int = 0
+    """The newest of them that is saved."""
     total_steps: int = 0
     """Optimiser steps in all; 0 when not known yet."""
     dollars: float = 0.0
     """Spent so far, by the price in the orders and the clock since the first start."""
+    incomplete: bool = False
+    """Whether a release or a copy that was asked for is missing; the machine's disk is not given up then."""
     machine_ended: bool = False
     """Whether the provider has confirmed that the machine ends."""
 
@@ -97,7 +107,11 @@ class JobDir:
 
     @classmethod
     def of(cls, root: str | Path, job: str) -> JobDir:
-        return cls(Path(root) / "jobs" / job)
+        return cls(Path(root).expanduser() / "jobs" / job)
+
+    def node(self, rank: int) -> JobDir:
+        """The files of one node: several may share a volume. The first node's are the job's."""
+        return self if rank == 0 else JobDir(self.path / f"node-{rank}")
 
     @property
     def orders(self) -> Path:
@@ -131,6 +145,11 @@ class JobDir:
     def lock(self) -> Path:
         """Held by the supervisor while it lives."""
         return self.path / "job.lock"
+
+    @property
+    def exported(self) -> Path:
+        """The released model, before it is copied to where it was promised."""
+        return self.path / "model"
 
     @property
     def stop_request(self) -> Path:

@@ -59,6 +59,8 @@ class Limits(Section):
     """Most that the job may cost; `up` refuses a plan above it, and the machine ends itself when it is spent."""
     stall_minutes: PositiveFloat = 30
     """Training that makes no step for so long is ended."""
+    save_minutes: PositiveFloat = 12
+    """How long a training that is asked to end may take to save; then it is killed."""
     upload_minutes: PositiveFloat = 120
     """How long the machine waits for the files it was promised."""
     restarts: NonNegativeInt = 3

@@ -1,1 +1,1 @@
-"""A job from the inside: what the machine that was rented does from its first second to its last."""
+"""Inside a job's machine: the supervisor that sees a run from the first second to the last, and ends what costs."""
