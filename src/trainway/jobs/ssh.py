@@ -20,8 +20,8 @@ from trainway.jobs.shell.host_keys import fingerprint, pinned_host_key, scan_hos
 from trainway.jobs.shell.readiness import check_room, fitting_python, uploads
 from trainway.jobs.target import Cost, Job, JobStatus, MachineState, Say, Stray
 
-SAVE_S = 900.0
-"""Time that a training has to save when it is asked to end; what is there after it is killed by `down` alone."""
+SPARE_S = 120.0
+"""Beyond the time that the job's file gives the training to save: the last copy of the run."""
 LOOK_S = 1.0
 SAY_S = 15.0
 
@@ -33,7 +33,7 @@ class SshTarget:
         """What `up` would do there, and with which files; the machine's home is only known there."""
         root = job.orders.root
         source = _source(job)
-        place = JobDir.of(root, record.name)
+        orders = f"{root}/jobs/{record.name}/orders.json"
         return {
             "host": _address(job).host,
             "user": job.spec.ssh.user,
@@ -42,7 +42,7 @@ class SshTarget:
             "source": {"what": source.what, "version": source.version},
             "install": source.steps(f"{root}/trainway-source/{source.version[:16]}", _extras(job)),
             "upload": [{"from": str(here), "to": f"{root}/{to}"} for here, to in uploads(job)],
-            "command": [f"{root}/trainway-env/bin/python", "-m", "trainway.pod", str(place.orders)],
+            "command": [f"{root}/trainway-env/bin/python", "-m", "trainway.pod", orders],
             "env": {**job.spec.env, MARK: record.remote_name},
             "secrets": sorted(job.spec.secrets),
             "orders": job.orders.model_dump(mode="json"),
@@ -65,6 +65,7 @@ class SshTarget:
                 "user": address.user,
                 "key": address.key,
                 "end_command": list(job.spec.ssh.end_command),
+                "save_s": job.orders.limits.save_minutes * 60 + SPARE_S,
             }
         )
         connection = _first_connection(record, address, say)
@@ -84,7 +85,8 @@ class SshTarget:
         for here, to in uploads(job):
             say(f"upload: {here} to {to}")
             connection.upload(here, f"{root}/{to}", say)
-        orders = job.orders.model_copy(update={"root": root})
+        # under a new token a job that was stopped, or has failed, is taken up again
+        orders = job.orders.model_copy(update={"root": root, "token": f"{record.token}-{time.time_ns():x}"})
         self._start(connection, orders, record, python, {**job.spec.env, **secrets}, say)
         return record.with_(phase="up", ended=None)
 
@@ -164,7 +166,7 @@ class SshTarget:
         """Ask the training to save and end, and wait until it has. Raises EnvironmentFault when it takes too long."""
         if not self._end(record, say):
             raise EnvironmentFault(
-                f"{record.name} has not ended within {SAVE_S / 60:g} minutes",
+                f"{record.name} has not ended within {record.place['save_s'] / 60:g} minutes",
                 "it may still be saving",
                 f"see `trainway logs {record.name}`; `trainway down {record.name}` kills it",
             )
@@ -205,7 +207,7 @@ class SshTarget:
                 return True
             say(f"{record.name} is asked to save and end")
             began = said = time.monotonic()
-            while time.monotonic() - began < SAVE_S:
+            while time.monotonic() - began < record.place["save_s"]:
                 seen = far.ask("look", **_where(place, record))
                 if not seen["held"] and not any(one["supervisor"] for one in seen["processes"]):
                     pod = state_of(seen["state"], str(place.state))
@@ -272,9 +274,10 @@ class SshTarget:
     def end_stray(self, stray: Stray) -> None:
         """Ask it to save and end; what is left is killed."""
         mark, _, name = stray.id.rpartition("@")
-        with _connection(load_record(name)).far_end() as far:
+        record = load_record(name)
+        with _connection(record).far_end() as far:
             far.ask("end", mark=mark, stop=None, signal=signal.SIGTERM)
-            end = time.monotonic() + SAVE_S
+            end = time.monotonic() + float(record.place["save_s"])
             while far.ask("processes", mark=mark):
                 if time.monotonic() > end:
                     far.ask("end", mark=mark, stop=None, signal=signal.SIGKILL)
