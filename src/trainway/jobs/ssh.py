@@ -174,7 +174,10 @@ class SshTarget:
 
     def down(self, record: Record, say: Say) -> Record:
         """End all that the job has started there, see that it is gone, then end the machine if the job file says how."""
-        if record.root and not self._end(record, say):
+        if not record.root:  # no machine has let us in yet, so nothing was started
+            say(f"nothing of {record.name} was started")
+            return record.with_(phase="ended", ended=time.time())
+        if not self._end(record, say):
             say(f"{record.name} has not ended in time: it is killed")
         connection = _connection(record)
         with connection.far_end() as far:
