@@ -17,8 +17,8 @@ PodStatus = Literal["PROVISIONING", "STARTING", "RUNNING", "EXITED", "ERROR", "T
 PodAction = Literal["start", "stop", "restart", "terminate"]
 Stock = Literal["NONE", "LOW", "MEDIUM", "HIGH"]
 Name = Annotated[str, StringConstraints(min_length=1)]
-CudaVersion = Annotated[str, StringConstraints(pattern=r"\A\d+\.\d+\Z")]
-PublicKey = Annotated[str, StringConstraints(pattern=r"\A(ssh|ecdsa|sk)-[^\s]+ [^\s]+([ \t][^\n\r]*)?\Z")]
+CudaVersion = Annotated[str, StringConstraints(pattern=r"^\d+\.\d+$")]
+PublicKey = Annotated[str, StringConstraints(pattern=r"^(ssh|ecdsa|sk)-[^\s]+ [^\s]+([ \t][^\n\r]*)?$")]
 
 
 class Sent(BaseModel):

@@ -19,7 +19,7 @@ from trainway.planning.measured import state_dir
 if TYPE_CHECKING:
     from trainway.jobs.runpod.api import Api
     from trainway.jobs.runpod.models import Pod
-    from trainway.jobs.shell.connection import Address, Connection
+    from trainway.jobs.shell.connection import Connection
 
 SSH_MINUTES = 10.0
 """From a running container to one that lets us in."""
@@ -29,7 +29,9 @@ ASK_S = 60.0
 class Shells(Protocol):
     """How machines are reached; another one in tests."""
 
-    def connect(self, address: Address, known_hosts: Path) -> Connection: ...
+    def connect(
+        self, *, host: str, port: int, user: str, key: str, host_key: str, known_hosts: Path
+    ) -> Connection: ...
 
     def scan(self, host: str, port: int) -> str: ...
 
@@ -39,10 +41,12 @@ class Shells(Protocol):
 class OpenSsh:
     """By the ssh of this machine."""
 
-    def connect(self, address: Address, known_hosts: Path) -> Connection:
-        from trainway.jobs.shell.connection import Connection
+    def connect(
+        self, *, host: str, port: int, user: str, key: str, host_key: str, known_hosts: Path
+    ) -> Connection:
+        from trainway.jobs.shell.connection import Address, Connection
 
-        return Connection(address, known_hosts)
+        return Connection(Address(host, port, user, key, host_key), known_hosts)
 
     def scan(self, host: str, port: int) -> str:
         from trainway.jobs.shell.host_keys import scan_host_key
@@ -64,8 +68,6 @@ def reach(api: Api, shells: Shells, record: Record, pod: Pod, say: Say) -> tuple
 
     Raises EnvironmentFault for a pod that cannot be reached from outside yet.
     """
-    from trainway.jobs.shell.connection import Address
-
     found = pod.ssh.direct
     if pod.status != "RUNNING" or found is None:
         raise EnvironmentFault(
@@ -79,15 +81,15 @@ def reach(api: Api, shells: Shells, record: Record, pod: Pod, say: Say) -> tuple
         pins = {start: key for start, key in pins.items() if start.split()[0] != pod.id}
         pins[began] = _host_key(api, shells, pod, say)
         record = place.noted(record, host_keys=pins)
-    address = Address(
+    connection = shells.connect(
         host=found.host,
         port=found.port,
         user=found.username,
         key=str(record.place.get("ssh_key") or key_file(None)),
         host_key=pins[began],
+        known_hosts=state_dir() / "ssh" / f"known_hosts-{record.token}-{pod.id}",
     )
-    known_hosts = state_dir() / "ssh" / f"known_hosts-{record.token}-{pod.id}"
-    return record, shells.connect(address, known_hosts)
+    return record, connection
 
 
 def wait_for_ssh(api: Api, shells: Shells, record: Record, pod: Pod, say: Say) -> tuple[Record, Connection]:
@@ -126,7 +128,7 @@ def inside(api: Api, shells: Shells, record: Record, pod: Pod) -> tuple[Record, 
 def deliver(connection: Connection, job: Job, say: Say) -> None:
     """Bring Trainway's own source and the job's files there; the inside waits for each and then goes on."""
     root = PurePosixPath(job.orders.root)
-    own = JobDir.of(root, job.orders.job)
+    own = JobDir.of(str(root), job.orders.job)
     _run(connection, "mkdir", "-p", str(own.path))
     if source_words(job) == UPLOAD and (found := local_source(job)) is not None:
         archive = source_archive(found)

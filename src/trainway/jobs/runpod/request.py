@@ -187,7 +187,7 @@ def _check_outputs(job: Job) -> None:
     root = PurePosixPath(job.orders.root)
     places = {
         "root": str(root),
-        "run_dir": str(job.config.run_dir),
+        "run_dir": job.config.run_dir or job.config.runs_dir,
         "at_end.release.to": job.orders.release.to or "",
     }
     for name, place in places.items():
