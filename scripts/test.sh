@@ -4,6 +4,18 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh dev
+
+# What tests of jobs on other machines need of Debian; where it cannot be had, those tests are skipped and say so.
+needed=()
+[ -x /usr/sbin/sshd ] || needed+=(openssh-server)
+command -v ssh >/dev/null || needed+=(openssh-client)
+command -v rsync >/dev/null || needed+=(rsync)
+if [ "${#needed[@]}" -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+  echo "test: installing ${needed[*]}"
+  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${needed[@]}"; } >/dev/null 2>&1 ||
+    echo "test: ${needed[*]} cannot be installed: the tests that need it are skipped"
+fi
+
 # two tests at a time, each with one thread: the threads of several would wait for each other
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # the long tests stand first: whoever is done with the short ones takes some of them over

@@ -18,7 +18,8 @@ def test_every_dependency_is_pinned_alike_for_pip_and_uv() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
     pins = {normal(name): version for name, version in (line.split("==") for line in lines)}
     for_uv = dict(line.split("==") for line in project["tool"]["uv"]["constraint-dependencies"])
-    wanted = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["hub"]]
+    extras = project["project"]["optional-dependencies"]
+    wanted = [*project["project"]["dependencies"], *extras["hub"], *extras["kubernetes"], *extras["s3"]]
     needed = [normal(re.match(r"[\w.-]+", line)[0]) for line in wanted]
     assert sorted(for_uv) == sorted(needed)
     assert {name: pins[name] for name in needed} == for_uv

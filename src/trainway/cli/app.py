@@ -17,6 +17,7 @@ from trainway.cli import (
     config,
     data,
     doctor,
+    jobs,
     model,
     orchestrate,
     plan,
@@ -41,7 +42,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (quickstart, config, plan, doctor, smoke, bench, data, orchestrate, train, model, runs, compare):
+for group in (
+    quickstart,
+    config,
+    plan,
+    doctor,
+    smoke,
+    bench,
+    data,
+    orchestrate,
+    train,
+    jobs,
+    model,
+    runs,
+    compare,
+):
     group.register(app)
 
 

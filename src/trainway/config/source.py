@@ -174,7 +174,7 @@ def _read_one(source: str | Path | Mapping[str, Any], base: Path, explicit: bool
     text = str(source)
     if isinstance(source, Path) or text.endswith(FILE_SUFFIXES) or "/" in text:
         path = base / Path(text).expanduser()
-        return Layer(str(path), _read_file(path), explicit), str(path.resolve()), path.parent
+        return Layer(str(path), read_file(path), explicit), str(path.resolve()), path.parent
     name = text.replace("-", "_")
     settings = parse_yaml(preset_text(name), f"preset {name}")
     # a preset has no lines of the user's: its name says enough
@@ -182,7 +182,8 @@ def _read_one(source: str | Path | Mapping[str, Any], base: Path, explicit: bool
     return Layer(f"preset {name}", named, explicit=False), f"preset {name}", base
 
 
-def _read_file(path: Path) -> list[Setting]:
+def read_file(path: Path) -> list[Setting]:
+    """Settings of a YAML or TOML file, each with its line. Raises ConfigError for one that cannot be read."""
     try:
         if not path.is_file():
             why = "it is a directory" if path.is_dir() else "there is no such file"

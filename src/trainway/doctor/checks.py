@@ -91,15 +91,30 @@ def refuse_unready(source: str, settings: Sequence[str], environ: Mapping[str, s
     """
     if not is_paid(environ) or under_launcher(environ):
         return
-    wrong = failures(cheap_checks(load_config(source, settings).config, environ))
+    found = cheap_checks(load_config(source, settings).config, environ)
+    _refuse(
+        found,
+        "on this paid machine",
+        f"`trainway doctor` shows each by itself; {PAID_VARIABLE}=0 goes on regardless",
+    )
+
+
+def refuse_logins(config: RunConfig, environ: Mapping[str, str] = os.environ) -> None:
+    """Before anything is rented: raise EnvironmentFault that names every login, permission or model that is missing."""
+    subject = Subject(environ, config)
+    found = bounded("logins", partial(_check_logins, subject, _hub(subject)), LIMIT_S)
+    _refuse(without_secrets(found, environ), "with the logins of this job", "then start it again")
+
+
+def _refuse(found: Sequence[Finding], where: str, last: str) -> None:
+    wrong = failures(found)
     if not wrong:
         return
     count = "one thing is" if len(wrong) == 1 else f"{len(wrong)} things are"
     raise EnvironmentFault(
-        f"{count} wrong on this paid machine: {'; '.join(finding.what for finding in wrong)}",
+        f"{count} wrong {where}: {'; '.join(finding.what for finding in wrong)}",
         "; ".join(dict.fromkeys(finding.why for finding in wrong if finding.why)),
-        " | ".join(dict.fromkeys(finding.fix for finding in wrong if finding.fix))
-        + f" | `trainway doctor` shows each by itself; {PAID_VARIABLE}=0 goes on regardless",
+        " | ".join([*dict.fromkeys(finding.fix for finding in wrong if finding.fix), last]),
     )
 
 

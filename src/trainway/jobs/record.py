@@ -37,6 +37,9 @@ class Record:
     dollars_per_hour: float = 0.0
     planned_hours: float | None = None
     planned_dollars: float | None = None
+    limit_hours: float | None = None
+    """What the machine ends itself after; past it, it is a stray."""
+    limit_dollars: float | None = None
     place: dict[str, Any] = field(default_factory=dict)
     """What the target needs to find it again: ids, host, port, namespace."""
     ended: float | None = None

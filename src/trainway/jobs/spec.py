@@ -4,29 +4,36 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, StringConstraints
+from pydantic import Field, PositiveFloat, PositiveInt, StringConstraints, model_validator
 
 from trainway.config.schema import NonNegativeInt, Section
 
 TargetName = Literal["local", "ssh", "runpod", "kubernetes"]
 Port = Annotated[int, Field(ge=1, le=65535)]
-JobName = Annotated[str, StringConstraints(pattern=r"\A[a-z0-9]([a-z0-9-]{0,43}[a-z0-9])?\Z")]
+JobName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,43}[a-z0-9])?$")]
 """A label of DNS, short enough for what Kubernetes hangs on to it: the name of a pod, a directory and a host."""
-VariableName = Annotated[str, StringConstraints(pattern=r"\A[A-Za-z_][A-Za-z0-9_]{0,127}\Z")]
+VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
 
 IMAGE = "runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404"
 """An image of RunPod's with CUDA, Python and sshd; Trainway comes on to it by `trainway bootstrap`."""
 
 
 class GpuChoice(Section):
-    """One kind of GPU that would do; the candidates are tried in the order of the file."""
+    """One kind of GPU that would do; the candidates are tried in the order of the file. A bare string is its name."""
 
     name: str
     """A name of Trainway's catalogue, such as H100 SXM or A100 80GB; `trainway plan` lists those that fit."""
     count: PositiveInt = 1
     """GPUs in each node."""
     max_price: PositiveFloat | None = None
-    """Highest price of one GPU in dollars per hour; empty means whatever the limit in dollars allows."""
+    """runpod: highest price of one GPU in dollars per hour; empty means whatever the limit in dollars allows."""
+    price: PositiveFloat | None = None
+    """What one GPU costs in dollars per hour where no catalogue says it: ssh, kubernetes; empty means nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
 
 class Upload(Section):
@@ -36,6 +43,11 @@ class Upload(Section):
     """A file or directory here, seen from the job file."""
     to: str = ""
     """Where it goes, seen from the volume's root; empty means by its own name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
 
 
 class Limits(Section):
