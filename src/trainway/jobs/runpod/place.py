@@ -7,8 +7,8 @@ from typing import Any, cast
 from trainway.jobs.record import Record
 from trainway.jobs.runpod.machines import Kind
 
-# kind, id: of the machine that there is; spans: of all that there were; volume, data_center, ssh_key, host_key,
-# host_key_start: how it is reached; deadline_hours: from the orders
+# kind, id: of the machine that there is; spans: of all that there were; volume, data_center, volume_used: of its volume;
+# ssh_key, host_keys: how it is reached, the keys by the start of the container that has shown them
 
 
 def noted(record: Record, **changes: Any) -> Record:
@@ -30,7 +30,7 @@ def opened(record: Record, kind: Kind, new_id: str, began: float, dollars_per_ho
     """A machine is ours: from `began` on it costs."""
     spans = [span for span in _spans(record) if span["id"] != new_id or span["end"] is not None]
     span = {"kind": kind, "id": new_id, "began": began, "end": None, "dollars_per_hour": dollars_per_hour}
-    return noted(record, kind=kind, id=new_id, spans=[*spans, span], host_key=None, host_key_start=None)
+    return noted(record, kind=kind, id=new_id, spans=[*spans, span])
 
 
 def closed(record: Record, now: float) -> Record:
@@ -41,7 +41,7 @@ def closed(record: Record, now: float) -> Record:
 
 def forgotten(record: Record, now: float) -> Record:
     """The machine is gone."""
-    return noted(closed(record, now), id=None, host_key=None, host_key_start=None)
+    return noted(closed(record, now), id=None, host_keys=None)
 
 
 def spans(record: Record) -> list[dict[str, Any]]:

@@ -58,7 +58,7 @@ def find_or_place(api: Api, job: Job, record: Record, say: Say) -> tuple[Record,
         EnvironmentFault: no candidate is to be had, no money, or nobody knows what was made.
     """
     kind: Kind = "cluster" if job.spec.nodes > 1 else "pod"
-    record = place.noted(record, kind=kind, deadline_hours=job.orders.limits.hours)
+    record = place.noted(record, kind=kind)
     machine = only_machine(api, record, kind, say)
     if machine is not None:
         record, awake = _go_on(api, record, machine, say)
@@ -75,7 +75,7 @@ def find_or_place(api: Api, job: Job, record: Record, say: Say) -> tuple[Record,
         if isinstance(placed, Machine):
             return record, placed
         say(f"{option}: {placed if isinstance(placed, str) else _refused(placed)}")
-        refusals.append((str(option), None if isinstance(placed, str) else placed))
+        refusals.append((f"{option}: {placed}", None) if isinstance(placed, str) else (str(option), placed))
     volume.drop_unused(record)
     raise _none_left(refusals)
 

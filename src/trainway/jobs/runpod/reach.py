@@ -130,6 +130,7 @@ def deliver(connection: Connection, job: Job, say: Say) -> None:
     root = PurePosixPath(job.orders.root)
     own = JobDir.of(str(root), job.orders.job)
     _run(connection, "mkdir", "-p", str(own.path))
+    _run(connection, "rm", "-f", str(own.stop_request))  # of an earlier `stop`
     if source_words(job) == UPLOAD and (found := local_source(job)) is not None:
         archive = source_archive(found)
         folder = PurePosixPath(own.path) / "source"

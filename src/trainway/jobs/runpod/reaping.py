@@ -53,8 +53,8 @@ def _why(now: float, machine: Machine, record: Record | None, inside: Inside) ->
     if known is not None and known != machine.id:
         return f"its job has another machine, {known}"
     began = min((float(span["began"]) for span in place.spans(record)), default=machine.created)
-    hours = record.place.get("deadline_hours")
-    if hours is not None and now > (deadline := began + float(hours) * 3600):
+    hours = record.limit_hours
+    if hours is not None and now > (deadline := began + hours * 3600):
         return f"its deadline was {_duration(now - deadline)} ago"
     old = now - machine.created > QUIET_MINUTES * 60
     if record.phase == "asked" and known is None:

@@ -11,7 +11,7 @@ from tests.fakes_runpod import KEY, FakeRunPod
 from tests.unit.jobs.runpod.conftest import A100, H100, Time
 from trainway.errors import ConfigError, EnvironmentFault
 from trainway.jobs.runpod import models
-from trainway.jobs.runpod.api import ATTEMPTS, Api, Lost, Refused
+from trainway.jobs.runpod.api import ATTEMPTS, Api, Lost, Refused, _part
 
 BODY = models.CreatePod(
     name="trainway-x-00000000", image="runpod/pytorch:1", args="", disk=50, env={}, ports=("22/tcp",), start_ssh=True,
@@ -123,10 +123,9 @@ def test_the_key_goes_nowhere_in_the_clear(base: str) -> None:
 
 
 def test_a_name_is_one_part_of_an_address(api: Api, fake: FakeRunPod) -> None:
-    assert api.find_pod("../clusters?x=#") is None
-    assert fake.requests[-1][:2] == ("GET", "/pods/../clusters?x=#")
-    fake.requests.clear()
-    fake.violations.clear()  # such a path is none of the document's
+    assert api.find_pod("x?podId=1#2") is None
+    assert fake.requests[-1][:2] == ("GET", "/pods/x?podId=1#2")
+    assert _part("../clusters") == "..%2Fclusters"
 
 
 def test_catalogue_keys_volumes(api: Api, fake: FakeRunPod) -> None:
