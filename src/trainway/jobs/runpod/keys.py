@@ -1,4 +1,4 @@
-"""The SSH key that a pod lets in: one of Trainway's own on this machine, and its public half at the account."""
+"""The SSH key that a pod lets in: Trainway's own on this machine, and its public half at the account."""
 
 from __future__ import annotations
 
@@ -8,27 +8,15 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from trainway.errors import ConfigError, EnvironmentFault
+from trainway.errors import EnvironmentFault
 from trainway.jobs.runpod.api import Api
 from trainway.jobs.runpod.models import SetKeys
 from trainway.jobs.target import Say
 from trainway.planning.measured import state_dir
 
 
-def key_file(given: str | None) -> Path:
-    """The private key: the one of the job file (`ssh.key`), else Trainway's own, made once.
-
-    Raises ConfigError when the given one or its public half is missing, EnvironmentFault when none can be made.
-    """
-    if given:
-        path = Path(given).expanduser()
-        if not path.is_file() or not path.with_name(path.name + ".pub").is_file():
-            raise ConfigError(
-                f"ssh.key is {given}",
-                "it and its public half, the same name with .pub, must be there",
-                "make one with `ssh-keygen -t ed25519`, or leave ssh.key out",
-            )
-        return path
+def key_file() -> Path:
+    """Trainway's own private key on this machine, made once. Raises EnvironmentFault when none can be made."""
     path = state_dir() / "ssh" / "id_ed25519"
     if not path.is_file() or not path.with_name(path.name + ".pub").is_file():
         _make(path)

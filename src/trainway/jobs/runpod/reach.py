@@ -85,7 +85,7 @@ def reach(api: Api, shells: Shells, record: Record, pod: Pod, say: Say) -> tuple
         host=found.host,
         port=found.port,
         user=found.username,
-        key=str(record.place.get("ssh_key") or key_file(None)),
+        key=str(record.place.get("ssh_key") or key_file()),
         host_key=pins[began],
         known_hosts=state_dir() / "ssh" / f"known_hosts-{record.token}-{pod.id}",
     )

@@ -86,7 +86,7 @@ class RunPodTarget:
         check(job)  # before a key is asked for, let alone money spent
         shells = self._shells()
         with self._open() as api:
-            key = key_file(job.spec.ssh.key)
+            key = key_file()
             register(api, public_key(key), say)
             record = place.noted(record, ssh_key=str(key))
             record, machine = find_or_place(api, job, record, say)
