@@ -42,6 +42,15 @@ def up(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the exact request or manifests; send nothing.")
     ] = False,
+    export: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="kubernetes: write the manifests for kubectl and Kustomize; create nothing."
+        ),
+    ] = None,
+    trainjob: Annotated[
+        bool, typer.Option("--trainjob", help="With --export: a TrainJob of Kubeflow Trainer.")
+    ] = False,
     yes: Yes = False,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Then show the log.")] = False,
     as_json: AsJson = False,
@@ -54,6 +63,10 @@ def up(
 
     if dry_run:
         _print_request(verbs.dry_run(job, words or []), as_json)
+        return ExitCode.DONE
+    if export is not None:
+        for path in verbs.export_job(job, export, words or [], trainjob=trainjob):
+            emit(str(path))
         return ExitCode.DONE
     record = verbs.up(job, words or [], confirm=_asker(yes), say=_say)
     if record is None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from trainway.errors import ConfigError, EnvironmentFault, UserError
+from trainway.jobs.rules import PAID
 from trainway.jobs.spec import GpuChoice, JobSpec
 from trainway.jobs.target import Job
 from trainway.planning.gpus import find_gpu
@@ -153,7 +154,7 @@ def _default_hours(spec: JobSpec, offers: Sequence[Offer]) -> float | None:
     known = [offer.hours for offer in offers if offer.hours is not None]
     if known:
         return max(known) * MARGIN + EXTRA_HOURS
-    if spec.target in ("runpod", "kubernetes") and spec.gpus:
+    if spec.target in PAID:
         raise ConfigError(
             "nothing says when this job is to end",
             "the length of the run is not known here, so no deadline follows from it",

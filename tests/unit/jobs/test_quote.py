@@ -100,3 +100,9 @@ def test_without_gpus_nothing_is_planned(tmp_path: Path) -> None:
     wanted = job(tmp_path, "", config="m3_medium", target="local")
     assert quote(wanted).offers == ()
     assert settle(wanted, quote(wanted)).orders.limits.hours is None
+
+
+def test_on_a_cluster_a_job_without_gpus_needs_an_end_too(tmp_path: Path) -> None:
+    wanted = job(tmp_path, "", config="m3_medium", target="kubernetes")
+    with pytest.raises(ConfigError, match="nothing says when this job is to end"):
+        settle(wanted, quote(wanted))
