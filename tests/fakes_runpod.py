@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from tests.runpod_contract import SPECS_VARIABLE, Contract
+from tests.runpod_contract import SPECS_VARIABLE, contract
 from trainway.jobs.runpod import models
 
 KEY = "rpa_CANARY0KEY0OF0THE0ACCOUNT00"
@@ -112,7 +112,7 @@ class FakeRunPod:
         self._numbers = iter(range(1, 10_000))
         self._lock = threading.RLock()
         folder = os.environ.get(SPECS_VARIABLE)
-        self._contract = Contract(Path(folder)) if folder else None
+        self._contract = contract(Path(folder)) if folder else None
 
     # for tests
 
@@ -468,7 +468,7 @@ def runpod(now: Callable[[], float]) -> Iterator[FakeRunPod]:
     handler = type("Handler", (_Handler,), {"fake": fake})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
     thread.start()
     fake.url = f"http://127.0.0.1:{server.server_address[1]}/v2"
     try:

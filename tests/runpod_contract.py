@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,18 @@ SPECS_VARIABLE = "TRAINWAY_SPECS"
 DOCUMENT = "runpod-openapi-v2.json"
 
 
+@cache
+def contract(folder: Path) -> Contract:
+    """One for all tests of a process: the document is large."""
+    return Contract(folder)
+
+
 class Contract:
     """`check_*` return what is wrong, one line each. Stricter than the document: a field that it does not name is wrong."""
 
     def __init__(self, folder: Path) -> None:
         self._document = json.loads((folder / DOCUMENT).read_text(encoding="utf-8"))
-        self._judges: dict[str, Any] = {}
+        self._judges: dict[int, Any] = {}
 
     @cached_property
     def _operations(self) -> list[tuple[str, re.Pattern[str], Mapping[str, Any]]]:
@@ -45,14 +51,14 @@ class Contract:
             if name not in by_name:
                 wrong.append(f"{method} {path}: no such parameter {name}")
             else:
-                schema = self._strict(by_name[name]["schema"])
-                wrong += self._judge(f"{method} {path}?{name}", schema, _typed(text, schema))
+                schema = by_name[name]["schema"]
+                wrong += self._judge(f"{method} {path}?{name}", schema, _typed(text, self._resolved(schema)))
         content = operation.get("requestBody", {}).get("content", {}).get("application/json")
         if content is None:
             return wrong + ([f"{method} {path}: takes no body"] if body is not None else [])
         if headers.get("content-type", "").split(";")[0] != "application/json":
             wrong.append(f"{method} {path}: the body is {headers.get('content-type')}")
-        return wrong + self._judge(f"{method} {path}", self._strict(content["schema"]), body)
+        return wrong + self._judge(f"{method} {path}", content["schema"], body)
 
     def check_answer(self, method: str, path: str, status: int, body: Any) -> list[str]:
         operation = self._operation(method, path)
@@ -64,7 +70,7 @@ class Contract:
         what = f"answer {status} to {method} {path}"
         if content is None:
             return [] if body is None else [f"{what}: has a body"]
-        return self._judge(what, self._strict(content["schema"]), body)
+        return self._judge(what, content["schema"], body)
 
     def _operation(self, method: str, path: str) -> Mapping[str, Any] | None:
         for known, pattern, operation in self._operations:
@@ -75,9 +81,11 @@ class Contract:
     def _judge(self, what: str, schema: Any, value: Any) -> list[str]:
         from jsonschema import Draft202012Validator
 
-        key = json.dumps(schema, sort_keys=True)
-        judge = self._judges.setdefault(key, Draft202012Validator(schema))
-        return [f"{what}: {error.json_path}: {error.message}" for error in judge.iter_errors(value)]
+        key = id(schema)  # of a part of the document, which lives as long as we do
+        if key not in self._judges:
+            self._judges[key] = Draft202012Validator(self._strict(schema))
+        found = self._judges[key].iter_errors(value)
+        return [f"{what}: {error.json_path}: {error.message}" for error in found]
 
     def _resolved(self, schema: Any) -> Any:
         while isinstance(schema, dict) and "$ref" in schema:

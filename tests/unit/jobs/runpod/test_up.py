@@ -13,7 +13,6 @@ from trainway.errors import ConfigError, EnvironmentFault
 from trainway.jobs.record import find_record
 from trainway.jobs.runpod.api import Lost, Refused
 from trainway.jobs.runpod.bootstrap import KEY_MARK
-from trainway.jobs.runpod.machines import START_MINUTES
 from trainway.jobs.runpod.target import RunPodTarget
 
 TWO = [{"name": "H100 SXM"}, {"name": "A100 80GB", "count": 2}]
@@ -265,17 +264,23 @@ def test_a_pod_in_error_is_ended_and_the_next_candidate_asked(
 
 
 def test_a_pod_that_never_runs_is_ended(
-    target: RunPodTarget, fake: FakeRunPod, time_: Time, tmp_path: Path, said: list[str]
+    target: RunPodTarget,
+    fake: FakeRunPod,
+    time_: Time,
+    tmp_path: Path,
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("trainway.jobs.runpod.machines.START_MINUTES", 2.0)
     fake.lives = [["STARTING"], ["STARTING"]]
     job = make_job(tmp_path)
     began = time_.now
     with pytest.raises(EnvironmentFault, match="no candidate") as caught:
         target.up(job, make_record(job), said.append)
     # one for each data centre
-    assert caught.value.why.count(f"still STARTING after {START_MINUTES:.0f} minutes") == 2
+    assert caught.value.why.count("still STARTING after 2 minutes") == 2
     assert len(fake.pods) == 2 and fake.alive() == [] and fake.volumes == {}
-    assert time_.now - began >= 2 * START_MINUTES * 60
+    assert time_.slept.count(5.0) == 2 * 24 and time_.now - began >= 240
 
 
 def test_a_pod_that_vanishes_while_it_starts(
