@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from trainway.errors import EnvironmentFault
 from trainway.jobs.record import Record
 from trainway.jobs.runpod.api import Api, Lost, Refused
 from trainway.jobs.runpod.models import Cluster, Pod, PodStatus
+from trainway.jobs.runpod.place import Kind
 from trainway.jobs.target import Say
 
 PREFIX = "trainway-"
@@ -18,7 +18,6 @@ POLL_S = 5.0
 START_MINUTES = 30.0
 """For a machine to be found, and its image to be loaded."""
 END_ATTEMPTS = 8
-Kind = Literal["pod", "cluster"]
 
 
 @dataclass(frozen=True)

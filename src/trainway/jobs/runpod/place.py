@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from trainway.jobs.record import Record
-from trainway.jobs.runpod.machines import Kind
+
+Kind = Literal["pod", "cluster"]
 
 # kind, id: of the machine that there is; spans: of all that there were; volume, data_center, volume_used: of its volume;
 # ssh_key, host_keys: how it is reached, the keys by the start of the container that has shown them

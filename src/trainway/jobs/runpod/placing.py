@@ -12,7 +12,6 @@ from trainway.jobs.runpod import place
 from trainway.jobs.runpod.api import ATTEMPTS, Api, Lost, Refused
 from trainway.jobs.runpod.gpus import gpu_type_id
 from trainway.jobs.runpod.machines import (
-    Kind,
     Machine,
     end_machine,
     of_cluster,
@@ -21,6 +20,7 @@ from trainway.jobs.runpod.machines import (
     wait_until_running,
 )
 from trainway.jobs.runpod.models import CreateCluster, CreatePod, GpuType
+from trainway.jobs.runpod.place import Kind
 from trainway.jobs.runpod.request import body_of
 from trainway.jobs.runpod.volumes import JobVolume
 from trainway.jobs.spec import GpuChoice

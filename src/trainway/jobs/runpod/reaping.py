@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from trainway.jobs.orders import PodState
 from trainway.jobs.record import Record
 from trainway.jobs.runpod import place
-from trainway.jobs.runpod.machines import Kind, Machine, end_machine, list_machines
+from trainway.jobs.runpod.machines import Machine, end_machine, list_machines
+from trainway.jobs.runpod.place import Kind
 from trainway.jobs.target import Stray
 
 if TYPE_CHECKING:
