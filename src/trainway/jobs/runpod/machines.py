@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from trainway.errors import EnvironmentFault
@@ -107,9 +107,16 @@ def only_machine(api: Api, record: Record, kind: Kind, say: Say) -> Machine | No
 
 
 def wait_until_running(
-    api: Api, machine: Machine, say: Say, check: Callable[[Machine], str]
+    api: Api,
+    machine: Machine,
+    say: Say,
+    check: Callable[[Machine], str],
+    final: Sequence[PodStatus] = ("ERROR", "EXITED", "TERMINATED"),
 ) -> Machine | str:
-    """The machine once all its pods run, or why it will not do. `check`: what is wrong with it as it is now."""
+    """The machine once all its pods run, or why it will not do.
+
+    check: what is wrong with it as it is now, or nothing; final: where it does not come back from by itself.
+    """
     end_at = api.clock.now() + START_MINUTES * 60
     shown = ""
     while True:
@@ -121,7 +128,7 @@ def wait_until_running(
             shown = status
         if status == "RUNNING":
             return machine
-        if status in ("ERROR", "EXITED", "TERMINATED"):
+        if status in final:
             return f"{machine.kind} {machine.id} went to {status}"
         if api.clock.now() >= end_at:
             return f"{machine.kind} {machine.id} was still {status} after {START_MINUTES:.0f} minutes"

@@ -14,6 +14,7 @@ from trainway.jobs.runpod.gpus import gpu_type_id
 from trainway.jobs.runpod.machines import (
     Machine,
     end_machine,
+    find_machine,
     of_cluster,
     of_pod,
     only_machine,
@@ -99,10 +100,19 @@ def _go_on(api: Api, record: Record, machine: Machine, say: Say) -> tuple[Record
             pod = None
         if pod is not None:
             machine = of_pod(pod)
-            record = place.opened(record, "pod", pod.id, api.clock.now(), cost)
-    found = wait_until_running(api, machine, say, lambda _: "")
+            now = api.clock.now()
+            record = place.opened(place.closed(record, now), "pod", pod.id, now, cost)
+    # just woken, it may still show EXITED
+    found = wait_until_running(api, machine, say, lambda _: "", final=("ERROR", "TERMINATED"))
     if isinstance(found, Machine):
         return record, found
+    has_worked = record.phase != "asked" and not record.place.get("volume")
+    if has_worked and find_machine(api, machine.kind, machine.id) is not None:
+        raise EnvironmentFault(
+            found,
+            "its own disk is all that it has, and may hold work that is nowhere else",
+            "try again, or give it up: `trainway down`",
+        )
     say(f"{found}: ended")
     end_machine(api, machine.kind, machine.id)
     return place.forgotten(record, api.clock.now()), None

@@ -116,6 +116,11 @@ def test_stop_without_a_volume_stops_the_pod(
     pod = record.place["id"]
     again = target.up(make_job(tmp_path, **NO_VOLUME), record, said.append)
     assert again.place["id"] == pod and len(fake.pods) == 1 and fake.pods[pod]["status"] == "RUNNING"
+    # what is on its disk is nowhere else: it is not given up without a word
+    fake._set(fake.pods[pod], "ERROR")
+    with pytest.raises(EnvironmentFault, match="went to ERROR") as caught:
+        target.up(make_job(tmp_path, **NO_VOLUME), again, said.append)
+    assert "may hold work" in caught.value.why and len(fake.alive()) == 1
     fake._set(fake.pods[pod], "EXITED")
     fake.fail("POST", f"/pods/{pod}/action", 400, "no GPU free on its host")
     with pytest.raises(EnvironmentFault, match="does not start again") as caught:
