@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from trainway.errors import ConfigError, EnvironmentFault
 from trainway.jobs.orders import JobDir, PodState
-from trainway.jobs.record import Record
+from trainway.jobs.record import Record, find_record
 from trainway.jobs.runpod import place
 from trainway.jobs.runpod.bootstrap import KEY_MARK
 from trainway.jobs.runpod.keys import key_file
@@ -80,7 +80,9 @@ def reach(api: Api, shells: Shells, record: Record, pod: Pod, say: Say) -> tuple
     if began not in pins:
         pins = {start: key for start, key in pins.items() if start.split()[0] != pod.id}
         pins[began] = _host_key(api, shells, pod, say)
-        record = place.noted(record, host_keys=pins)
+        # what another command has noted meanwhile stays: `status` takes no lock
+        now = find_record(record.name)
+        record = place.noted(now if now is not None and now.token == record.token else record, host_keys=pins)
     connection = shells.connect(
         host=found.host,
         port=found.port,
