@@ -102,7 +102,7 @@ def test_the_command_runs_the_bootstrap(tmp_path: Path, home: Path) -> None:
     found = asked(tmp_path)["body"]
     env = {name: value for name, value in found["env"].items() if name != "TRAINWAY_ORDERS"}
     command = [sys.executable, "-I", *shlex.split(found["args"])[1:]]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.strip().endswith("KeyError: 'TRAINWAY_ORDERS'")
 
 
@@ -207,5 +207,5 @@ def test_a_dry_run_needs_no_http(tmp_path: Path) -> None:
     code = (
         "import sys, trainway.jobs.runpod.target, trainway.jobs.runpod.request\nprint('httpx' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
