@@ -126,6 +126,8 @@ class RunPodSettings(Section):
     """Lowest CUDA version of the driver, e.g. 12.8."""
     registry: str | None = None
     """Id of the registry login for a private image."""
+    erased_outputs: bool = False
+    """Let outputs lie where they are erased with the pod: on no volume, on /tmp or on /root."""
 
 
 class KubernetesSettings(Section):
