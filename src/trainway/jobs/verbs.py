@@ -61,6 +61,26 @@ def dry_run(source: str | Path, overrides: Sequence[str] = ()) -> Any:
     return target_of(job.spec.target).request(job, record)
 
 
+def export_job(
+    source: str | Path, folder: str | Path, overrides: Sequence[str] = (), *, trainjob: bool = False
+) -> list[Path]:
+    """Write a Kubernetes job as files for kubectl and Kustomize instead of creating it.
+
+    trainjob: for Kubeflow Trainer. Raises ConfigError for another target, and as `up` does.
+    """
+    job, found = _settled(source, overrides)
+    if job.spec.target != "kubernetes":
+        raise ConfigError(
+            f"the target is {job.spec.target}",
+            "only Kubernetes takes manifests",
+            "use --dry-run to see the request",
+        )
+    from trainway.jobs.kubernetes.export import export_manifests
+
+    record = _open_record(job) or _fresh_record(job, str(source), found)
+    return export_manifests(job, record, Path(folder), trainjob=trainjob)
+
+
 def up(source: str | Path, overrides: Sequence[str] = (), *, confirm: Confirm, say: Say) -> Record | None:
     """Start a job, or go on with the one that is up under its name; None when the user said no.
 

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from trainway.planning.prices import API, API_VARIABLE
+from trainway.planning.prices import KEY_VARIABLE as KEY
+
 Action = Literal["terminate", "stop", "keep"]
 
-API_VARIABLE = "TRAINWAY_RUNPOD_API"
-API = "https://api.runpod.io"
-POD, CLUSTER, KEY = "RUNPOD_POD_ID", "RUNPOD_CLUSTER_ID", "RUNPOD_API_KEY"
+POD, CLUSTER = "RUNPOD_POD_ID", "RUNPOD_CLUSTER_ID"
 TIMEOUT_S = 30.0
 COMMAND_S = 300.0
 LONGEST_WAIT_S = 300.0
@@ -80,7 +81,7 @@ def ask_runpod(action: Action, environ: Mapping[str, str] = os.environ) -> Answe
     """Ask RunPod's API v2 once to stop or terminate this pod, or to delete the cluster that it belongs to."""
     key, pod, cluster = (environ.get(name, "") for name in (KEY, POD, CLUSTER))
     missing = [name for name, value in ((KEY, key), (POD, pod or cluster)) if not value]
-    base = environ.get(API_VARIABLE) or API
+    base = (environ.get(API_VARIABLE) or API).rstrip("/")
     if missing:
         return Answer(False, f"{' and '.join(missing)} not set: RunPod cannot be asked")
     if not _is_safe(base):
@@ -88,8 +89,8 @@ def ask_runpod(action: Action, environ: Mapping[str, str] = os.environ) -> Answe
             False, f"{API_VARIABLE} is neither https nor on this machine: the key is not sent there"
         )
     if cluster:
-        return _ask("DELETE", f"{base}/v2/clusters/{urllib.parse.quote(cluster, safe='')}", key, None)
-    place = f"{base}/v2/pods/{urllib.parse.quote(pod, safe='')}"
+        return _ask("DELETE", f"{base}/clusters/{urllib.parse.quote(cluster, safe='')}", key, None)
+    place = f"{base}/pods/{urllib.parse.quote(pod, safe='')}"
     answer = _ask("POST", f"{place}/action", key, {"action": action})
     if answer.ended or action != "terminate" or not answer.what.startswith("refused"):
         return answer

@@ -111,7 +111,9 @@ def test_an_address_is_no_command(repo: str, tmp_path: Path, monkeypatch: pytest
 def test_a_run_that_could_not_start_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = tmp_path / "run.yaml"
-    config.write_text("recipe: pretrain\nrun_dir: runs/r\ndata:\n  train: [nowhere.jsonl]\ntrain:\n  total_steps: 5\n")
+    config.write_text(
+        "recipe: pretrain\nrun_dir: runs/r\ndata:\n  train: [nowhere.jsonl]\ntrain:\n  total_steps: 5\n"
+    )
     with pytest.raises(EnvironmentFault, match=r"nowhere\.jsonl"):
         bootstrap(config="run.yaml", home=tmp_path, environ={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert not (tmp_path / "runs").exists()

@@ -38,7 +38,7 @@ def test_asking_ends_when_the_process_itself_is_to_end() -> None:
 
 
 def environ(address: str, **more: str) -> dict[str, str]:
-    return {"TRAINWAY_RUNPOD_API": address, "RUNPOD_POD_ID": "p1", "RUNPOD_API_KEY": KEY, **more}
+    return {"TRAINWAY_RUNPOD_API": f"{address}/v2", "RUNPOD_POD_ID": "p1", "RUNPOD_API_KEY": KEY, **more}
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_stop_that_is_refused_never_becomes_a_delete(monkeypatch: pytest.Monke
         ({"RUNPOD_POD_ID": ""}, "RUNPOD_POD_ID not set"),
         ({"TRAINWAY_RUNPOD_API": "http://example.com"}, "neither https nor on this machine"),
         ({"RUNPOD_API_KEY": f"{KEY}\nX: y"}, "holds a character that no header may have"),
-        ({"TRAINWAY_RUNPOD_API": "http://127.0.0.1:1"}, "failed: POST /v2/pods/p1/action"),
+        ({"TRAINWAY_RUNPOD_API": "http://127.0.0.1:1/v2"}, "failed: POST /v2/pods/p1/action"),
     ],
 )
 def test_what_cannot_be_asked_is_said_without_the_key(

@@ -229,7 +229,7 @@ def test_runpod_is_asked_until_it_agrees_and_then_again_instead_of_training(job:
         return (429, 503, 204)[number - 1] if number <= 3 else 404
 
     with runpod(answers) as (address, requests):
-        environ = {"TRAINWAY_RUNPOD_API": address, "RUNPOD_POD_ID": "pod/1", "RUNPOD_API_KEY": KEY}
+        environ = {"TRAINWAY_RUNPOD_API": f"{address}/v2", "RUNPOD_POD_ID": "pod/1", "RUNPOD_API_KEY": KEY}
         orders = orders_for(job.root, ender="runpod")
         process = job.start(orders, **environ)
         until(lambda: job.dir.state.exists() and job.state.machine_ended)
@@ -249,7 +249,7 @@ def test_runpod_is_asked_until_it_agrees_and_then_again_instead_of_training(job:
 
 def test_a_refused_terminate_becomes_a_delete(job: Job) -> None:
     with runpod(lambda number, method, path: 409 if method == "POST" else 204) as (address, requests):
-        environ = {"TRAINWAY_RUNPOD_API": address, "RUNPOD_POD_ID": "p1", "RUNPOD_API_KEY": KEY}
+        environ = {"TRAINWAY_RUNPOD_API": f"{address}/v2", "RUNPOD_POD_ID": "p1", "RUNPOD_API_KEY": KEY}
         process = job.start(orders_for(job.root, ender="runpod"), **environ)
         until(lambda: job.dir.state.exists() and job.state.machine_ended)
         assert [(method, path) for method, path, _ in requests] == [
@@ -262,7 +262,7 @@ def test_a_cluster_is_deleted_and_an_api_that_is_gone_is_asked_on(job: Job) -> N
     with runpod(lambda number, method, path: 204) as (address, requests):
         pass
     environ = {"RUNPOD_POD_ID": "p1", "RUNPOD_CLUSTER_ID": "c1", "RUNPOD_API_KEY": KEY}
-    process = job.start(orders_for(job.root, ender="runpod"), TRAINWAY_RUNPOD_API=address, **environ)
+    process = job.start(orders_for(job.root, ender="runpod"), TRAINWAY_RUNPOD_API=f"{address}/v2", **environ)
     until(lambda: "(attempt 3)" in (job.log if job.dir.log.exists() else ""))
     assert "NOT ended and goes on costing" in job.state.reason
     assert "DELETE /v2/clusters/c1" in job.log
@@ -274,7 +274,7 @@ def test_a_cluster_is_deleted_and_an_api_that_is_gone_is_asked_on(job: Job) -> N
 def test_a_pod_whose_release_is_missing_is_stopped_and_not_terminated(job: Job) -> None:
     job.tell("export", code=1)
     with runpod(lambda number, method, path: 200) as (address, requests):
-        environ = {"TRAINWAY_RUNPOD_API": address, "RUNPOD_POD_ID": "p1", "RUNPOD_API_KEY": KEY}
+        environ = {"TRAINWAY_RUNPOD_API": f"{address}/v2", "RUNPOD_POD_ID": "p1", "RUNPOD_API_KEY": KEY}
         orders = orders_for(job.root, ender="runpod", release={"to": "exports/final"})
         process = job.start(orders, **environ)
         until(lambda: job.dir.state.exists() and job.state.machine_ended)
