@@ -72,6 +72,7 @@ class Server:
             self.cut()
             self.process.kill()
             self.process.wait()
+            self.process = None
 
     def cut(self) -> int:
         """Kill the open sessions' sshd processes, not what they have started; how many there were."""
