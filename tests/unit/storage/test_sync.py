@@ -105,7 +105,7 @@ def test_killed_at_every_operation_no_half_checkpoint_counts_and_the_next_pass_c
                 n: b for n, b in contents(copy).items() if n.startswith("checkpoints/step")
             }
         else:
-            assert dies_at > 20
+            assert dies_at > 15  # it has died at each of those before
             return
     raise AssertionError("it never came to its end")
 

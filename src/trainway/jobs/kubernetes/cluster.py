@@ -23,6 +23,8 @@ KINDS = {
     "JobSet": ("apis/jobset.x-k8s.io/v1alpha2", "jobsets"),
 }
 """Where each kind is in the API."""
+READ_TRIES = 3
+"""Of a question, when the connection breaks."""
 TIMEOUT_S = (10, 60)
 """For a connection, and for an answer."""
 MERGE_PATCH = "application/merge-patch+json"
@@ -151,10 +153,22 @@ class Cluster:
                 body=body,
                 auth_settings=["BearerToken"],
             )
-            response = self.api.call_api(*words, _request_timeout=timeout)
+            response = self._answer(method, words, timeout)
             if response.status >= 400:
                 raise refusal(method, path, response.status, response.read())
             return response
+
+    def _answer(self, method: str, words: Any, timeout: Any) -> Any:
+        """What only asks is asked again when the connection breaks before an answer: an idle one may have been dropped."""
+        import urllib3
+
+        for left in reversed(range(READ_TRIES if method == "GET" else 1)):
+            try:
+                return self.api.call_api(*words, _request_timeout=timeout)
+            except urllib3.exceptions.ProtocolError:
+                if not left:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
 
 
 def connect(context: str | None, namespace: str) -> Cluster:
