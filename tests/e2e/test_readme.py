@@ -53,6 +53,11 @@ def test_commands_run_in_order(
     )
     del distilling["run_dir"], distilling["model"], distilling["data"]["train"]
     write_config(tmp_path / "gad_small.yaml", distilling)
+    # the same verbs, on this machine
+    (tmp_path / "job.yaml").write_text(
+        "name: my-job\nconfig: m3_medium.yaml\ntarget: local\nat_end: {release: {to: released}}\n"
+    )
+    monkeypatch.setenv("TRAINWAY_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     run = 0
     for command in commands():
@@ -67,9 +72,10 @@ def test_commands_run_in_order(
         done = run_cli(*words)
         assert done.stdout or done.stderr, command
         run += 1
-    assert run >= 30
+    assert run >= 36
     for model in ("my-model", "sharded-model", "tuned-model", "merged", "student", "reward-model"):
         assert (tmp_path / model / "model.safetensors").exists()
+    assert (tmp_path / "released/model.safetensors").exists()
     assert (tmp_path / "adapter/adapter_model.safetensors").exists()
 
 

@@ -62,7 +62,7 @@ def up(
     from trainway.jobs import verbs
 
     if dry_run:
-        _print_request(verbs.dry_run(job, words or []), as_json)
+        _print_request(verbs.dry_run(job, words or [], say=_say), as_json)
         return ExitCode.DONE
     if export is not None:
         for path in verbs.export_job(job, export, words or [], trainjob=trainjob):

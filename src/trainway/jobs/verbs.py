@@ -54,9 +54,13 @@ def target_of(name: TargetName) -> Target:
             return KubernetesTarget()
 
 
-def dry_run(source: str | Path, overrides: Sequence[str] = ()) -> Any:
-    """Exactly what `up` would send, as JSON-able data. Nothing is rented, sent or written. Raises as `up` does."""
-    job, _ = _settled(source, overrides)
+def dry_run(source: str | Path, overrides: Sequence[str] = (), *, say: Say = lambda line: None) -> Any:
+    """Exactly what `up` would send, as JSON-able data; what it would ask is said. Nothing is rented, sent or written.
+
+    Raises as `up` does.
+    """
+    job, found = _settled(source, overrides)
+    say(describe(job, found))
     record = _open_record(job) or _fresh_record(job, str(source))
     return target_of(job.spec.target).request(job, record)
 

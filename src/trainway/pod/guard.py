@@ -12,7 +12,8 @@ Kind = Literal["go on", "done", "again", "failed", "stop", "stall", "deadline", 
 """again: crashed, and worth another start."""
 
 NEVER_AGAIN = (ExitCode.CONFIG, ExitCode.DATA, ExitCode.ENVIRONMENT)
-"""Exit codes of faults that another start meets again."""
+"""Exit codes of faults that a command meets again; training that had begun may end with the last of them for a rank that was
+killed, a rank that stood still or a node that came late, and those heal."""
 RESERVE = 0.05
 """Share of a limit that is kept for saving, at most: training is asked to end so long before the limit."""
 HOUR_S = 3600.0
@@ -109,7 +110,7 @@ def _ended(code: int, facts: Facts, bounds: Bounds) -> Verdict:
         return Verdict("done")
     if code == ExitCode.STOPPED:
         return Verdict("stop", "stopped and saved by somebody on the machine")
-    if code in NEVER_AGAIN:
+    if code in (ExitCode.CONFIG, ExitCode.DATA):
         return Verdict("failed", f"it ended with exit code {code}, and would again")
     if facts.crashes >= bounds.restarts:
         return Verdict(

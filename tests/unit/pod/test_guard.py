@@ -63,7 +63,7 @@ def test_a_request_comes_before_the_limits_and_these_before_a_stall() -> None:
 @pytest.mark.parametrize(
     ("code", "crashes", "expected"),
     [
-        (0, 0, "done"), (75, 0, "stop"), (2, 0, "failed"), (3, 0, "failed"), (4, 0, "failed"), (1, 0, "again"),
+        (0, 0, "done"), (75, 0, "stop"), (2, 0, "failed"), (3, 0, "failed"), (4, 0, "again"), (4, 2, "failed"), (1, 0, "again"),
         (137, 1, "again"), (137, 2, "failed"), (0, 9, "done"),
     ],
 )  # fmt: skip
