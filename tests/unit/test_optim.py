@@ -70,6 +70,22 @@ def test_muon_equals_torch_within_bf16(shape):
     assert (moved - expected).norm() < 0.03 * expected.norm()
 
 
+def test_matrices_in_turn_end_where_all_at_once_do(monkeypatch):
+    def trained(together: int) -> list[torch.Tensor]:
+        monkeypatch.setattr("trainway.muon.TOGETHER", together)
+        generator = torch.Generator().manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(24, 16, generator=generator)) for _ in range(5)]
+        optimizer = Muon(parameters, lr=0.1)
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = torch.randn(24, 16, generator=generator)
+            optimizer.step()
+        return [parameter.detach() for parameter in parameters]
+
+    for together in (1, 2 * 24 * 16):
+        torch.testing.assert_close(trained(together), trained(2**25), rtol=1e-5, atol=1e-6)
+
+
 def test_muon_state_is_per_parameter_and_reloads():
     parameters = [nn.Parameter(torch.randn(4, 6)) for _ in range(2)]
     muon = Muon(parameters, lr=0.1)

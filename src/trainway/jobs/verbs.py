@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from trainway.checkpoint.lock import directory_lock
-from trainway.doctor.checks import refuse_logins
-from trainway.doctor.logins import find_token
 from trainway.errors import ConfigError, DataError, EnvironmentFault, UserError
 from trainway.jobs.load import job_name, load_job
 from trainway.jobs.quote import Quote, describe, quote, settle
@@ -27,7 +25,6 @@ from trainway.jobs.record import (
 )
 from trainway.jobs.spec import TargetName
 from trainway.jobs.target import Cost, Job, JobStatus, Say, Stray, Target
-from trainway.recipes.volume import TOKEN
 
 Confirm = Callable[[str], bool]
 """Shows a text and asks; False means no."""
@@ -296,6 +293,11 @@ def _check_logins(job: Job, say: Say, environ: Mapping[str, str] = os.environ) -
                 f"on {spec.target}, secrets are taken from the variables of this machine",
                 "set it, or take it out of `secrets:`",
             )
+    # imported here: a dry run looks at no login, and is to answer at once
+    from trainway.doctor.checks import refuse_logins
+    from trainway.doctor.logins import find_token
+    from trainway.recipes.volume import TOKEN
+
     if find_token(environ) is None and TOKEN in spec.secrets:
         say(f"{TOKEN} is known to {spec.target} alone: the machine checks it before it trains")
     else:

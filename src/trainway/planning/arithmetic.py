@@ -79,7 +79,7 @@ def count_parameters(
     `vocab_size`: rows of the embedding, for a ModelConfig.
     """
     shape = as_shape(model, vocab_size)
-    total = sum(weight.size for weight in shape.weights())
+    total = shape.size
     embedding = shape.vocab_size * shape.hidden_size
     idle = {"experts": 0, "expert_biases": 0}
     for layer in shape.layers:

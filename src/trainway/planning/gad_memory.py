@@ -58,7 +58,7 @@ def without_head(shape: ModelShape) -> ModelShape:
 def _trained(config: RunConfig, shape: ModelShape) -> int:
     if config.lora.enabled:
         return count_adapters(shape, config.lora).trainable
-    return sum(weight.size for weight in shape.weights())
+    return shape.size
 
 
 def _answering(config: RunConfig, shape: ModelShape, shards: int, size: int) -> int:
@@ -66,7 +66,7 @@ def _answering(config: RunConfig, shape: ModelShape, shards: int, size: int) -> 
     rollout, data = config.rollout, config.data
     if rollout.engine == "vllm":
         return 0
-    total = sum(weight.size for weight in shape.weights())
+    total = shape.size
     whole = size * (total - total // shards)
     length = data.max_prompt_tokens + data.max_response_tokens
     cache = 2 * shape.num_kv_heads * shape.head_dim * size * sum(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import re
 from dataclasses import dataclass, replace
@@ -100,6 +101,7 @@ def find_gpu(name: str) -> Gpu:
     )
 
 
+@functools.cache
 def gpu_of_device(device_name: str) -> Gpu | None:
     """The GPU that a driver calls `device_name`, by the longest of our names in it; None for one not in the catalogue."""
     words = _words(device_name)
@@ -114,6 +116,7 @@ def gpu_of_device(device_name: str) -> Gpu | None:
     return best[1] if best else None
 
 
+@functools.cache
 def _words(name: str) -> tuple[str, ...]:
     words = re.findall(r"[a-z0-9]+", name.lower())
     return tuple(word for word in words if word not in _MAKERS)

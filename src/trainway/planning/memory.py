@@ -105,9 +105,7 @@ def memory_bytes(
 def staging_bytes(config: RunConfig, shape: ModelShape, shards: int) -> int:
     """The copy of this rank's trained weights and optimiser state that an asynchronous save writes from."""
     adapted = config.lora.enabled
-    trained = (
-        count_adapters(shape, config.lora).trainable if adapted else sum(w.size for w in shape.weights())
-    )
+    trained = count_adapters(shape, config.lora).trainable if adapted else shape.size
     models = 2 if config.recipe == "gad" and config.gad.stage != "seqkd" else 1
     moments = 2 * trained * FP32
     if config.optim.name == "muon" and not adapted:
@@ -135,7 +133,7 @@ class States:
     def of(
         cls, shape: ModelShape, optimizer: str, lora: LoraConfig | None, step: Step, engine: str, shards: int
     ) -> States:
-        total = sum(weight.size for weight in shape.weights())
+        total = shape.size
         matrices = [layer.matrices for layer in shape.layers]
         trainable, weights = total, total * FP32
         deepspeed = engine in ("zero2", "zero3")

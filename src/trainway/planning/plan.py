@@ -229,9 +229,18 @@ def make_plan(
 
 
 def plan_on(
-    basis: Basis, gpu: Gpu, num_gpus: int, num_nodes: int, memory: MemoryEstimate | None = None
+    basis: Basis,
+    gpu: Gpu,
+    num_gpus: int,
+    num_nodes: int,
+    memory: MemoryEstimate | None = None,
+    *,
+    advise: bool = True,
 ) -> Plan:
-    """The plan of a configuration on `num_gpus` GPUs in each of `num_nodes` nodes. `memory`: of a rank, if known."""
+    """The plan of a configuration on `num_gpus` GPUs in each of `num_nodes` nodes.
+
+    memory: of a rank, if known. advise: find out what would make a run fit that does not, which takes a while.
+    """
     config, model, world = basis.config, basis.model, num_gpus * num_nodes
     check_ranks(config, gpu, num_gpus, num_nodes)
     rows = basis.rows.count if basis.rows else None
@@ -251,7 +260,9 @@ def plan_on(
     step_s, seconds = run_seconds(stages, geometry, times)
     if seconds is not None and work is not None:
         seconds += seconds_beside(job, work, disk)
-    advice = [] if headroom.fits else changes_that_help(config, model, geometry, headroom, gpu, half)
+    advice = (
+        [] if headroom.fits or not advise else changes_that_help(config, model, geometry, headroom, gpu, half)
+    )
     return Plan(
         config=config,
         gpu=gpu,
@@ -296,11 +307,12 @@ def _cheapest(basis: Basis, fits: Sequence[Fit], num_gpus: int | None, num_nodes
         if fit is not None:
             return plan_on(basis, find_gpu(fit.gpu), fit.num_gpus, fit.num_nodes)
     count = num_gpus or max(_ranks(basis.config), basis.config.rollout.tensor_parallel)
-    plans = [plan_on(basis, gpu, count, num_nodes) for gpu in GPUS if basis.prices.of(gpu)]
+    plans = [plan_on(basis, gpu, count, num_nodes, advise=False) for gpu in GPUS if basis.prices.of(gpu)]
     fitting = [found for found in plans if found.fits and found.step_s is not None]
     if fitting:
         return min(fitting, key=lambda found: (found.step_s or 0.0) * (found.dollars_per_hour or 0.0))
-    return max(plans, key=lambda found: found.headroom.device_bytes)
+    largest = max(plans, key=lambda found: found.headroom.device_bytes)
+    return plan_on(basis, largest.gpu, count, num_nodes)
 
 
 def check_ranks(config: RunConfig, gpu: Gpu, num_gpus: int, num_nodes: int) -> None:

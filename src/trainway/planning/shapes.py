@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -39,7 +40,7 @@ class Layer:
     window: int | None = None
     """Tokens that sliding attention looks back; None: all."""
 
-    @property
+    @cached_property
     def matrices(self) -> int:
         return sum(weight.size for weight in self.weights if len(weight.shape) > 1)
 
@@ -61,6 +62,11 @@ class ModelShape:
     layers: tuple[Layer, ...]
     outside: tuple[Weight, ...]
     """Weights of no block, with their full names."""
+
+    @cached_property
+    def size(self) -> int:
+        """Parameters in all."""
+        return sum(weight.size for weight in self.weights())
 
     def weights(self) -> Iterator[Weight]:
         """Every weight with its full name."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainway import losses
+from trainway import losses, muon
 from trainway.config.schema import LoraConfig, ModelConfig
 from trainway.engines import ds_config
 from trainway.models import fused
@@ -17,7 +17,7 @@ from trainway.models.checkpointing import checkpoint_activations
 from trainway.models.load import build_model
 from trainway.models.lora import inject_lora
 from trainway.planning.arithmetic import MemoryEstimate, count_parameters
-from trainway.planning.memory import BUCKET, CPU_CHUNK_LOGITS, FUSED, Kept, Step, memory_bytes
+from trainway.planning.memory import BUCKET, CPU_CHUNK_LOGITS, FUSED, MUON_TOGETHER, Kept, Step, memory_bytes
 from trainway.planning.published import published_shape
 from trainway.planning.shapes import new_shape, read_shape
 
@@ -104,6 +104,7 @@ def test_what_it_repeats_of_modules_with_torch_is_what_they_say() -> None:
     assert {family: parts for family, (_, parts) in fused._FUSED.items() if family in FUSED} == FUSED
     assert CPU_CHUNK_LOGITS == losses.CPU_CHUNK_LOGITS
     assert BUCKET == ds_config.BUCKET
+    assert MUON_TOGETHER == muon.TOGETHER
 
 
 NEW = ModelConfig(num_layers=8)
@@ -265,3 +266,23 @@ def test_a_layer_of_experts_keeps_what_each_of_a_tokens_experts_gave() -> None:
     more = Kept.of(mixture, how, None).all - Kept.of(dense, how, None).all
     # four inner values and two outer ones for each of two experts; the dense layer's own input is shared by gate and up
     assert more == 2 * 4 * (2 * (4 * 96 + 2 * 64) - 4 * 96 - 64)
+
+
+def test_muon_s_step_can_be_the_highest_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 16 matrices of 704 x 256 at once: themselves, their product twice, two squares of 256 each
+    step_bytes = 16 * (3 * 704 * 256 + 2 * 256**2) * 4
+    moments = 8 * TOTAL - 4 * 8 * BLOCK
+    found = memory(optimizer="muon")
+    assert found.total == 4 * TOTAL + 4 * TOTAL + moments + step_bytes
+    assert memory(optimizer="muon", micro_batch_size=512).optimizer == moments  # the forward pass holds more
+    monkeypatch.setattr("trainway.planning.memory.MUON_TOGETHER", 2 * 704 * 256)
+    two = 32 * (3 * 256**2 + 2 * 256**2) * 4  # of 256 x 256 five still go together
+    assert memory(optimizer="muon").optimizer < moments + max(step_bytes, two) // 4
+
+
+def test_selective_checkpointing_keeps_what_adapters_give_too() -> None:
+    shape = new_shape(NEW, 1024)
+    how = step(checkpointing="selective")
+    with_adapters, without = (Kept.of(shape, how, lora).all for lora in (QKVO, None))
+    # 8 blocks: q, k, v and o of 256 and their inner products of 4; then the block that is made again has adapters' inputs
+    assert with_adapters - without >= 8 * 4 * (4 * (256 + 4)) - shape.hidden_size * 4 * 16
