@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,3 +143,27 @@ def test_a_training_that_is_stopped_by_the_kernel_does_not_cost_for_ever(
     assert process.wait(300) == 4
     assert job.state.outcome == "stalled"
     assert not find_all(lambda environ: environ.get(JOB_MARK) == str(job.dir.path))
+
+
+def test_a_machine_that_is_lost_with_its_disk_is_replaced_by_another(tmp_path: Path, corpus: Path) -> None:
+    """Both copy to one place outside; the second has nothing but that, and goes on from there."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for root in (first, second):
+        root.mkdir()
+    outside = {"sync": str(tmp_path / "outside")}
+    lost = pod(first, corpus, steps=2000, **outside)
+    process = lost.start()
+    until(lambda: max(lost.steps, default=0) > 12, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(300) == 75
+    saved = lost.state.saved_step
+    shutil.rmtree(first)
+
+    heir = pod(second, corpus, steps=2000, **outside)
+    process = heir.start()
+    until(lambda: max(heir.steps, default=0) > saved + 5, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(300) == 75
+    log = heir.dir.log.read_text()
+    assert f"the run goes on from step {saved}" in log
+    assert heir.steps == list(range(1, heir.steps[-1] + 1))

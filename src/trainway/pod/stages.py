@@ -15,6 +15,7 @@ from trainway.recipes.volume import Volume, hub_environment, token_environment
 from trainway.run_dir import RunDir
 
 TRAINWAY = (sys.executable, "-m", "trainway")
+COPYING = (sys.executable, "-m", "trainway.pod.copying")
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,10 @@ def write_orders(orders: Orders, place: Place) -> None:
 def preparation(orders: Orders, place: Place, trainway: tuple[str, ...] = TRAINWAY) -> list[Step]:
     """What comes before the training: the checks, and the boot stages or the data."""
     config = str(place.job_dir.config)
+    back = _bringing_back(orders, place)
     if not orders.boot:
         return [
+            *back,
             Step("doctor", (*trainway, "doctor", config)),
             Step("prepare", (*trainway, "prepare", config)),
         ]
@@ -79,6 +82,7 @@ def preparation(orders: Orders, place: Place, trainway: tuple[str, ...] = TRAINW
     boot += ["--root", str(place.root), "--experiment", place.experiment]
     boot += [word for path in orders.inputs for word in ("--input", path)]
     return [
+        *back,
         # the run's data is not there yet: the machine alone first, then all of it
         Step("doctor", (*trainway, "doctor")),
         Step("prepare", tuple(boot)),
@@ -106,13 +110,26 @@ def release(orders: Orders, place: Place, trainway: tuple[str, ...] = TRAINWAY) 
     export = (*trainway, "export", str(place.run.path), "--out", str(out), "--which", which)
     # an export is complete or not there at all
     steps = [] if out.exists() else [Step("release", export + ("--merge",) * orders.release.merge)]
-    return [*steps, Step("release", copying(out, to, orders.root))] if remote else steps
+    return [*steps, Step("release", (*COPYING, "tree", str(out), to))] if remote else steps
 
 
-def copying(source: Path, to: str, root: str) -> tuple[str, ...]:
-    """The command that copies a directory, verified, to an address or another directory, seen from the root."""
-    place = to if "://" in to else str(Path(root).expanduser().absolute() / to)
-    return (sys.executable, "-m", "trainway.pod.copying", str(source), place)
+def _bringing_back(orders: Orders, place: Place) -> list[Step]:
+    """A machine without the run, as a new pod without a volume is, takes it from where an earlier one has copied it."""
+    if orders.sync is None or place.rank > 0 or place.run.checkpoints.exists():
+        return []
+    address = _address(orders.sync, orders.root)
+    return [Step("prepare", (*COPYING, "back", address, str(place.run.path)))]
+
+
+def last_copy(orders: Orders, place: Place) -> list[Step]:
+    """The copy of a run that is over, where one was asked for."""
+    if orders.sync is None or place.rank > 0 or not place.run.path.is_dir():
+        return []
+    return [Step("sync", (*COPYING, "run", str(place.run.path), _address(orders.sync, orders.root)))]
+
+
+def _address(to: str, root: str) -> str:
+    return to if "://" in to else str(Path(root).expanduser().absolute() / to)
 
 
 def syncing(run: RunDir, to: str) -> tuple[str, ...]:

@@ -187,12 +187,9 @@ class Supervisor:
             self.bounds.began + limit_s(self.bounds), self.clock.now() + self.bounds.save_s
         )
         steps: list[Step] = []
-        if self.place.rank == 0:
-            steps += stages.release(self.orders, self.place, self.trainway) * (self.state.outcome == "done")
-            if self.orders.sync and self.place.run.path.is_dir():
-                steps.append(
-                    Step("sync", stages.copying(self.place.run.path, self.orders.sync, self.orders.root))
-                )
+        if self.place.rank == 0 and self.state.outcome == "done":
+            steps += stages.release(self.orders, self.place, self.trainway)
+        steps += stages.last_copy(self.orders, self.place)
         for step in steps:
             verdict = self._last(step)
             if verdict.kind == "stop":
