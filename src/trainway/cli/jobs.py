@@ -146,14 +146,20 @@ def stop(job: JobWord) -> None:
     verbs.stop(job, say=_say)
 
 
-def down(job: JobWord) -> None:
+def down(
+    job: JobWord,
+    forget: Annotated[
+        bool,
+        typer.Option("--forget", help="The machine is gone and cannot be asked: only note that it ended."),
+    ] = False,
+) -> None:
     """End the job's machine and remove what was made for it, but its volume.
 
     Example: trainway down my-job
     """
     from trainway.jobs import verbs
 
-    verbs.down(job, say=_say)
+    (verbs.forget if forget else verbs.down)(job, say=_say)
 
 
 def cost(jobs: JobWords = None, as_json: AsJson = False) -> None:

@@ -164,6 +164,15 @@ def down(word: str, *, say: Say) -> Record:
         return found if found.phase == "ended" else found.with_(phase="ended", ended=time.time())
 
 
+def forget(word: str, *, say: Say) -> Record:
+    """Note that a job has ended whose machine is gone and cannot be asked any more; nothing is ended by it."""
+    record = load_record(job_name(word))
+    say(
+        f"{record.name} is noted as ended; nobody was asked: see at {record.target} that nothing of it goes on costing"
+    )
+    return record.with_(phase="ended", ended=record.ended or time.time())
+
+
 def cost(words: Sequence[str] = ()) -> list[tuple[Record, Cost]]:
     """What the jobs of these names, or all, have cost."""
     records = [load_record(job_name(word)) for word in words] or list_records()

@@ -144,6 +144,17 @@ def test_down_is_noted_only_when_it_is_true(target: MemoryTarget, job: Path) -> 
     assert said == ["mine has ended already"]
 
 
+def test_a_job_whose_machine_cannot_be_asked_is_forgotten_on_request(
+    target: MemoryTarget, job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    up(job)
+    target.fail = EnvironmentFault("no route")
+    assert main(["down", "mine"]) == 4
+    assert main(["down", "mine", "--forget"]) == 0
+    assert "see at local that nothing of it goes on costing" in capsys.readouterr().err
+    assert load_record("mine").phase == "ended" and len(target.machines) == 1
+
+
 def test_one_name_is_one_job(target: MemoryTarget, job: Path) -> None:
     up(job)
     with pytest.raises(ConfigError, match="mine is up on local, and the job file says ssh"):
