@@ -4,8 +4,8 @@ python benchmarks/plan_memory.py [--case NAME ...] [--allocator returning|defaul
 
 A case is a real run of three steps on the Python standard library, by the recipe's own means. Each of its ranks is a process
 of its own, forked from one that has imported everything and trained small models. Measured is the process's VmHWM from the
-moment that the weights are there, above its VmRSS right before it is built, the highest rank: pages of model files, which the
-kernel maps while they are read and takes back when it likes, do not count. `returning` holds glibc's threshold of mapped blocks at its first value,
+moment that the weights are there, above its VmRSS right before the model is built, the highest rank. Pages of files (the token
+store, model files, libraries), which the kernel takes back when it likes, do not count: RssFile is taken off both. `returning` holds glibc's threshold of mapped blocks at its first value,
 128 KiB, so that what is freed leaves the process; `default` is what a run does by itself: glibc keeps freed blocks, and its peak depends on how
 they happen to fit into each other.
 """
@@ -264,7 +264,7 @@ def run(config: dict[str, Any]) -> int:
 
     def building(session: Any) -> Any:
         nonlocal before
-        before = _status("VmRSS")
+        before = _status("VmRSS") - _status("RssFile")
         return build(session)
 
     def learning(*arguments: Any) -> Any:
@@ -277,7 +277,7 @@ def run(config: dict[str, Any]) -> int:
         train_here(load_config(config).config, resume="never")
     finally:
         supervised.build_run_model, supervised.build_learner = build, learn
-    return _status("VmHWM") - before
+    return _status("VmHWM") - _status("RssFile") - before
 
 
 def _return_what_is_freed() -> None:
