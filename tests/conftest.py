@@ -167,8 +167,9 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], se
 
 
 def metrics(run_dir: Path, key: str = "train/loss") -> list[dict[str, object]]:
-    """The records of metrics.jsonl that hold `key`."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    """The records of metrics.jsonl that hold `key`; a line that a living run is still writing is none yet."""
+    text = (run_dir / "metrics.jsonl").read_text()
+    lines = text[: text.rfind("\n") + 1].splitlines()
     return [record for record in map(json.loads, lines) if key in record]
 
 

@@ -72,7 +72,7 @@ def test_a_bare_machine_becomes_ready_once(root: Path) -> None:
     assert missing.returncode == 3
     assert missing.stderr.startswith("error: missing: /root/data set.jsonl\n")
     assert files(root) == before
-    assert not list(root.rglob("x"))
+    assert not list((root / "root").rglob("x"))
 
 
 def files(root: Path) -> dict[str, bytes]:
