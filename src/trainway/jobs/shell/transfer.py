@@ -51,7 +51,7 @@ def upload_entries(
             there = list(names.values())
             parts = [path + PART for path in there]
             sizes = far.ask("sizes", root=root or "/", paths=there + parts)
-            todo = _still_to_send(
+            missing = _still_to_send(
                 entries,
                 dict(zip(names, sizes[: len(there)], strict=True)),
                 dict(zip(names, sizes[len(there) :], strict=True)),
@@ -62,9 +62,9 @@ def upload_entries(
                     far_end.digest(str(folder), path.removesuffix(PART), size) for path, size in pairs
                 ],
             )
-            progress.begin(todo)
-            if todo:
-                _push(far, folder, todo, root or "/", names, progress)
+            progress.begin(missing)
+            if missing:
+                _push(far, folder, missing, root or "/", names, progress)
 
     _until_done(attempt, progress)
 
@@ -84,7 +84,7 @@ def download(connection: Connection, source: str, to: Path, say: Say) -> None:
             root, here = above or ("/" if source.startswith("/") else "."), to.parent if single else to
             entries: list[Entry] = far.ask("list", root=root, name=name or None)
             names = {entry["path"]: to.name if single else entry["path"] for entry in entries}
-            todo = _still_to_send(
+            missing = _still_to_send(
                 entries,
                 {path: far_end.size_of(str(here), names[path]) for path in names},
                 {path: far_end.size_of(str(here), names[path] + PART) for path in names},
@@ -95,9 +95,9 @@ def download(connection: Connection, source: str, to: Path, say: Say) -> None:
                     "digests", root=root, pairs=[(path.removesuffix(PART), size) for path, size in pairs]
                 ),
             )
-            progress.begin(todo)
-            if todo:
-                _pull(far, root, todo, here, names, progress)
+            progress.begin(missing)
+            if missing:
+                _pull(far, root, missing, here, names, progress)
 
     _until_done(attempt, progress)
 
@@ -134,14 +134,14 @@ def _still_to_send(
     same = {
         pair for pair, there, here in zip(pairs, receiver(pairs), sender(pairs), strict=True) if there == here != ""
     } if pairs else set()  # fmt: skip
-    todo = []
+    missing = []
     for entry in entries:
         pair = begun.get(entry["path"])
         if pair is None or pair not in same:
-            todo.append((entry, 0))
+            missing.append((entry, 0))
         elif pair[0] != entry["path"]:
-            todo.append((entry, pair[1]))
-    return todo
+            missing.append((entry, pair[1]))
+    return missing
 
 
 def _renamed(path: str, names: dict[str, str]) -> str:
@@ -151,7 +151,7 @@ def _renamed(path: str, names: dict[str, str]) -> str:
 def _push(
     far: FarEnd,
     folder: Path,
-    todo: list[tuple[Entry, int]],
+    missing: list[tuple[Entry, int]],
     root: str,
     names: dict[str, str],
     progress: _Progress,
@@ -159,7 +159,7 @@ def _push(
     far.begin("receive", root=root)
     answers = _Answers(far.answers)
     try:
-        _send_renamed(folder, todo, names, far.to, progress)
+        _send_renamed(folder, missing, names, far.to, progress)
         far.to.flush()
     except far_end.Refused as error:
         raise DataError(str(error), "", "upload files that nothing writes to") from None
@@ -175,9 +175,9 @@ def _push(
 
 
 def _send_renamed(
-    folder: Path, todo: list[tuple[Entry, int]], names: dict[str, str], ask: BinaryIO, progress: _Progress
+    folder: Path, missing: list[tuple[Entry, int]], names: dict[str, str], ask: BinaryIO, progress: _Progress
 ) -> None:
-    for entry, offset in todo:
+    for entry, offset in missing:
         frame = {**entry, "path": names[entry["path"]], "offset": offset}
         ask.write(json.dumps(frame).encode() + b"\n")
         if "size" in entry:
@@ -216,7 +216,7 @@ class _Answers:
 def _pull(
     far: FarEnd,
     root: str,
-    todo: list[tuple[Entry, int]],
+    missing: list[tuple[Entry, int]],
     here: Path,
     names: dict[str, str],
     progress: _Progress,
@@ -227,7 +227,7 @@ def _pull(
         if not frame.get("ok", True):
             bad.append(frame["path"])
 
-    far.begin("send", root=root, files=todo)
+    far.begin("send", root=root, files=missing)
     with disk_faults(here):
         try:
             far_end.receive(str(here), far.answers, done, names=names, moved=progress.moved)
@@ -284,14 +284,14 @@ class _Progress:
     _began: float = field(default_factory=time.monotonic)
     _said: float = field(default_factory=time.monotonic)
 
-    def begin(self, todo: Sequence[tuple[Entry, int]]) -> None:
-        self._left = sum(entry.get("size", 0) - offset for entry, offset in todo)
-        self._files = max(self._files, len(todo))
-        if any(offset for _, offset in todo):
-            kept = sum(offset for _, offset in todo)
+    def begin(self, missing: Sequence[tuple[Entry, int]]) -> None:
+        self._left = sum(entry.get("size", 0) - offset for entry, offset in missing)
+        self._files = max(self._files, len(missing))
+        if any(offset for _, offset in missing):
+            kept = sum(offset for _, offset in missing)
             self.say(f"goes on after {_bytes(kept)} that are there")
-        if todo:
-            self.say(f"{len(todo)} files, {_bytes(self._left)} {self.where}")
+        if missing:
+            self.say(f"{len(missing)} files, {_bytes(self._left)} {self.where}")
 
     def moved(self, size: int) -> None:
         self.total_moved += size
