@@ -142,8 +142,9 @@ def test_up_attach_stop_up_down(server: Server, tmp_path: Path) -> None:
         status = target.status(record)
         assert status.machine == "running" and status.pod is not None and status.pod.step == 3
         stranger = Record(**{**record.__dict__, "token": "00000000"})
-        assert [stray.name for stray in target.strays([stranger])] == [record.remote_name]
-        assert target.strays([record]) == []
+        # other tests may have jobs on this machine at the same time
+        assert record.remote_name in [stray.name for stray in target.strays([stranger])]
+        assert record.remote_name not in [stray.name for stray in target.strays([record])]
 
         assert server.cut() >= 0 and supervisors(record) == [pid]
         record = target.stop(record, said.append)
