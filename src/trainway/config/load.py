@@ -91,10 +91,10 @@ def load_config(
     _shorten_warmup(state)
     _fit_offload(state)
     config, wrong_values = _validate(state.values)
-    _raise([*state.problems, *wrong_values])
+    raise_all([*state.problems, *wrong_values])
     assert config is not None
     origins = {key: state.values[key].origin if key in state.values else "default" for key in field_table()}
-    _raise(broken_rules(config, origins, frozenset(state.explicit)))
+    raise_all(broken_rules(config, origins, frozenset(state.explicit)))
     return LoadedConfig(config, origins, layers[-3].name, frozenset(state.explicit))
 
 
@@ -338,15 +338,15 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _raise(problems: Sequence[ConfigError]) -> None:
-    """Raise one error for all `problems`, or none when there are none."""
+def raise_all(
+    problems: Sequence[ConfigError],
+    what: str = "settings are wrong",
+    cure: str = "correct them; `trainway config schema` lists every setting",
+) -> None:
+    """Raise one error for all `problems`, or none when there are none. `what`: said behind their number."""
     if not problems:
         return
     if len(problems) == 1:
         raise problems[0]
     lines = [f"  {p.what}; {'; '.join(part for part in (p.why, p.fix) if part)}" for p in problems]
-    raise ConfigError(
-        f"{len(problems)} settings are wrong",
-        "\n".join(["", *lines]),
-        "correct them; `trainway config schema` lists every setting",
-    )
+    raise ConfigError(f"{len(problems)} {what}", "\n".join(["", *lines]), cure)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from trainway.config.files import config_values
-from trainway.config.load import load_config
+from trainway.config.load import load_config, raise_all
 from trainway.config.schema import RunConfig
 from trainway.config.source import Setting, parse_scalar, preset_names, read_file
 from trainway.errors import ConfigError
@@ -22,6 +22,7 @@ from trainway.jobs.target import Job
 
 ROOTS = {"runpod": "/workspace", "kubernetes": "/workspace", "ssh": "~/trainway", "local": "."}
 """The volume where the job file does not say: of a rented machine, of a home directory, of this directory."""
+OF_THE_JOB = ("settings of the job are wrong", "correct them")
 ENDERS: dict[str, Ender] = {"runpod": "runpod"}
 
 
@@ -33,7 +34,7 @@ def load_job(source: str | Path, overrides: Sequence[str] = ()) -> Job:
     path = Path(source)
     settings = [*read_file(path), *(_word(word) for word in overrides)]
     spec, origins = _validate(settings, str(path))
-    _raise(list(broken_rules(spec, origins)))
+    raise_all(list(broken_rules(spec, origins)), *OF_THE_JOB)
     config = _run_config(spec, path.parent)
     root = spec.root or ROOTS[spec.target]
     if spec.target == "local":
@@ -102,7 +103,7 @@ def _validate(settings: Sequence[Setting], name: str) -> tuple[JobSpec, dict[str
         spec = JobSpec.model_validate(nested)
     except ValidationError as error:
         problems += [_wrong(dict(item), origins, name) for item in error.errors(include_url=False)]
-    _raise(problems)
+    raise_all(problems, *OF_THE_JOB)
     return spec, origins
 
 
@@ -166,25 +167,4 @@ def _run_config(spec: JobSpec, folder: Path) -> RunConfig:
         "data.store_dir": str(PurePosixPath("cache") / spec.name),
     }
     ours = {key: value for key, value in places.items() if key not in loaded.explicit or key == "name"}
-    return load_config(source, {**dict(_flat(spec.settings)), **ours}, environ={}).config
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _raise(problems: Sequence[ConfigError]) -> None:
-    if not problems:
-        return
-    if len(problems) == 1:
-        raise problems[0]
-    lines = [
-        f"  {item.what}; {'; '.join(part for part in (item.why, item.fix) if part)}" for item in problems
-    ]
-    raise ConfigError(
-        f"{len(problems)} settings of the job are wrong", "\n".join(["", *lines]), "correct them"
-    )
+    return load_config(source, {**spec.settings, **ours}, environ={}).config
