@@ -63,11 +63,7 @@ def test_commands_of_the_page_run() -> None:
     assert len(codes) == 5 and set(codes.values()) == {0}, codes
 
 
-def test_the_pages_table_and_python_are_true() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts/plan_reference.py", "--check"], capture_output=True, text=True, timeout=100
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_the_pages_python_is_true() -> None:
     (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

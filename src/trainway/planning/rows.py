@@ -9,6 +9,7 @@ from typing import Any
 
 from trainway.config.mixes import train_sources
 from trainway.config.schema import RunConfig
+from trainway.errors import DataError
 
 MOST_BYTES = 256 << 20
 """Of JSON lines that are read to count them."""
@@ -101,7 +102,14 @@ def _counted(config: RunConfig, files: list[Path]) -> Rows | None:
 def _parquet_rows(path: Path) -> int:
     from pyarrow import parquet
 
-    rows: int = parquet.read_metadata(path).num_rows
+    try:
+        rows: int = parquet.read_metadata(path).num_rows
+    except ValueError as error:  # pyarrow's own is one
+        raise DataError(
+            f"{path}: not a Parquet file",
+            str(error).partition(". ")[0],
+            "bring the file again, or correct data.train",
+        ) from None
     return rows
 
 

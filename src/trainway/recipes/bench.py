@@ -132,6 +132,7 @@ def _quiet(config: RunConfig, scratch: Path) -> RunConfig:
             "run_dir": str(scratch / "run"),
             "checkpoint": checkpoint,
             "eval": config.eval.model_copy(update={"every": NEVER}),
+            "tracking": config.tracking.model_copy(update={"report_to": ()}),
         }
     )
 

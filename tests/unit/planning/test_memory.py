@@ -16,8 +16,9 @@ from trainway.models.blocks import blocks
 from trainway.models.checkpointing import checkpoint_activations
 from trainway.models.load import build_model
 from trainway.models.lora import inject_lora
+from trainway.planning.activations import FUSED, Kept, Step
 from trainway.planning.arithmetic import MemoryEstimate, count_parameters
-from trainway.planning.memory import BUCKET, CPU_CHUNK_LOGITS, FUSED, MUON_TOGETHER, Kept, Step, memory_bytes
+from trainway.planning.memory import BUCKET, CPU_CHUNK_LOGITS, MUON_TOGETHER, memory_bytes
 from trainway.planning.published import published_shape
 from trainway.planning.shapes import new_shape, read_shape
 
@@ -147,13 +148,13 @@ def test_the_only_micro_batch_has_no_gradients_yet() -> None:
 
 
 def test_the_loss_on_a_gpu_in_bf16() -> None:
-    found = memory(on_cpu=False, half_precision=True, micro_batch_size=32, loss_chunk_tokens=1024)
-    tokens = 32 * 64
+    found = memory(on_cpu=False, half_precision=True, micro_batch_size=256, loss_chunk_tokens=16384)
+    tokens = 256 * 64
     # gradients of hidden states and head, the hidden states and the head in bf16, one more such gradient of the head,
     # and logits three times: as the product gave them, as log-probabilities, as the product takes them
-    assert found.logits == (2 + 2) * tokens * 256 + (4 + 2 + 2) * HEAD + 1024 * 1024 * (2 + 4 + 2)
+    assert found.logits == (2 + 2) * tokens * 256 + (4 + 2 + 2) * HEAD + tokens * 1024 * (2 + 4 + 2)
     # autocast keeps the blocks' matrices in bf16 for a micro-batch; a sharded engine gathers them so
-    sharded = memory(on_cpu=False, half_precision=True, micro_batch_size=32, loss_chunk_tokens=1024, engine="fsdp", shards=1)  # fmt: skip
+    sharded = memory(on_cpu=False, half_precision=True, micro_batch_size=256, loss_chunk_tokens=16384, engine="fsdp", shards=1)  # fmt: skip
     assert found.activations - sharded.activations == 2 * 8 * BLOCK
 
 
@@ -179,9 +180,13 @@ def test_ddp_keeps_its_buckets(accumulates: bool) -> None:
 def test_shards_divide_the_states_and_gather_what_is_needed_at_once() -> None:
     whole, sharded = memory(), memory(engine="fsdp", shards=4)
     assert (sharded.weights, sharded.gradients, sharded.optimizer) == (TOTAL, TOTAL, 2 * TOTAL)
-    # embedding and norms with their gradients, and two blocks with theirs
+    # embedding and norms with their gradients, and two blocks with theirs, in the blocks' backward pass
     assert sharded.gathered == 8 * (TOTAL - 8 * BLOCK) + 2 * 8 * BLOCK
-    assert (sharded.activations, sharded.logits) == (whole.activations, whole.logits)
+    assert (sharded.activations, sharded.logits) == (whole.activations + 128 * 4 * (2 * 704 + 2 * 256), 0)
+    # with more words than the rest of it weighs, the loss's own backward pass holds most, and no gradient is gathered yet
+    wide = memory_bytes(NEW, 2**16, micro_batch_size=2, seq_len=64, loss_chunk_tokens=64, on_cpu=True, engine="fsdp", shards=4)  # fmt: skip
+    assert wide.logits == 2 * 4 * (128 * 256 + 2**16 * 256)
+    assert wide.gathered == 4 * (2**16 * 256 + TOTAL - 8 * BLOCK - HEAD)
     half = memory(engine="fsdp", shards=4, half_precision=True)
     assert half.gathered == sharded.gathered - 2 * 2 * BLOCK  # blocks travel in two bytes
 

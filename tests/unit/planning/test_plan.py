@@ -268,7 +268,7 @@ def test_where_it_fits_is_cheapest_first_and_true() -> None:
 
 def test_without_a_gpu_the_cheapest_is_taken() -> None:
     found = plan(load("runpod_2b"))
-    first = found.fitting[0]
+    first = next(fit for fit in found.fitting if not fit.change)  # as it is configured
     assert (found.gpu.name, found.num_gpus, found.num_nodes) == (first.gpu, first.num_gpus, first.num_nodes)
     assert found.fits
     eight = plan(load("gad_7b"), num_gpus=8)
@@ -399,3 +399,11 @@ def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
 def test_what_cannot_be_a_plan(words: list[str], gpus: int, nodes: int, what: str) -> None:
     with pytest.raises(ConfigError, match=what):
         on("sft_small", "H100", gpus, *words, nodes=nodes)
+
+
+def test_a_file_that_is_no_parquet_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.parquet").write_text("{}\n")
+    with pytest.raises(DataError, match=r"t\.parquet: not a Parquet file") as raised:
+        known_rows(load("gad_7b", ["data.train=t.parquet", "data.validation=t.parquet"]))
+    assert "smaller than the minimum" in raised.value.why
