@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import IntEnum
 
 
@@ -33,6 +34,12 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(line for line in (self.what, self.why, self.fix) if line)
+
+    @property
+    def lines(self) -> str:
+        """As every program of Trainway's prints it: `error: ...`, `why: ...`, `fix: ...`, those that there are."""
+        told = (("error", self.what), ("why", self.why), ("fix", self.fix))
+        return "\n".join(f"{label}: {text}" for label, text in told if text)
 
 
 class ConfigError(UserError):
@@ -67,3 +74,13 @@ class Stopped(Exception):
         self.step = step
         self.saved = saved or f"step {step} is saved"
         super().__init__(f"stopped: {self.saved}")
+
+
+def error_chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on to the first one; each once."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or link.__context__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ _DISK_FAULTS = {
     errno.EIO: "the disk reports a failure: check it, and choose a directory on another one",
     errno.EFBIG: "the file system refuses a file of this size: choose another one",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENOLCK: "the file system has no locks: choose a directory on one that has, or mount it with locks",
     errno.ENFILE: "the machine is out of open files: end other programs",
 }
 
@@ -121,17 +123,27 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 @contextmanager
 def disk_faults(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn an OSError of the disk (full, quota, read-only, failing) in the block into an EnvironmentFault.
+    """Turn an error of the disk (full, quota, read-only, failing) in the block into an EnvironmentFault.
 
     An error that is not the disk's own, such as a missing file, passes through unchanged.
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in _DISK_FAULTS:
+    except Exception as error:
+        number = _system_error(error)
+        if number not in _DISK_FAULTS:
             raise
-        why = f"{os.strerror(error.errno)}{_free_space(path)}"
-        raise EnvironmentFault(f"cannot write {path}", why, _DISK_FAULTS[error.errno]) from error
+        why = f"{os.strerror(number)}{_free_space(path)}"
+        raise EnvironmentFault(f"cannot write {path}", why, _DISK_FAULTS[number]) from error
+
+
+def _system_error(error: Exception) -> int:
+    """The system's number of an error; 0 for one that is not its. tokenizers and safetensors, which are written in Rust, say
+    it in words alone."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    return int(said[1]) if said else 0
 
 
 def fsync_tree(root: str | os.PathLike[str]) -> None:

@@ -21,6 +21,7 @@ STAGES = (
     "SAVE",
     "RESULT",
     "DONE",
+    "RELEASE",
     "COLLATE",
     "BATCH",
 )

@@ -11,7 +11,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,25 @@ def mask_tokens(text: str) -> str:
     return _KNOWN.sub(MASK, text)
 
 
+def secret_values(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """What the environment's variables with a secret's name hold, the longest first: one may hold another. No paths, and
+    nothing so short that it stands in a text by chance."""
+    values = {value.strip() for name, value in environ.items() if _SECRET_VARIABLE.fullmatch(name)}
+    found = [value for value in values if len(value) >= SHORTEST_SECRET and not value.startswith("/")]
+    return sorted(found, key=lambda value: (-len(value), value))
+
+
+def hide_secrets(text: str, values: Iterable[str] | None = None) -> str:
+    """A text with tokens of known kinds, and these values, replaced by ***; None: those of this process's secrets."""
+    for value in secret_values() if values is None else values:
+        text = text.replace(value, MASK)
+    return mask_tokens(text)
+
+
+SHORTEST_SECRET = 8
+_SECRET_VARIABLE = re.compile(
+    r".*(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|KEY|KEY_ID|AUTHORIZATION)", re.IGNORECASE
+)
 # A setting whose last word is a secret's name: hf_token=, --wandb.api-key=. Not max_tokens=, not tokenizer.path=.
 _SECRET_NAME = (
     r"[\w.\-]*(?:token|secret|passw(?:or)?d|passphrase|credentials?|apikey|(?<![a-z])key|authorization)"

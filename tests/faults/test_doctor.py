@@ -27,6 +27,7 @@ from tests.doctor_material import (
     smi_xml,
     ticking,
 )
+from tests.hub_server import Account, HubServer, serve_hub
 from trainway.doctor import data, disk, gpu, logins, machine, needs, network, torch_build, versions
 from trainway.doctor.checks import examine
 from trainway.doctor.findings import Finding, Subject, bounded, ok
@@ -484,6 +485,14 @@ def push_without_a_token(here: Place) -> Findings:
     return logins.check_write(None, "ada/model", push=True)
 
 
+def planned_release_whose_tag_is_taken(here: Place) -> Findings:
+    hub = here.stack.enter_context(serve_hub(HubServer(here.path / "hub", {TOKEN: Account("ada")})))
+    commit = hub.make("ada/model", private=True)
+    hub.store("ada/model", {**(hub.load("ada/model") or {}), "tags": {"v0.1": commit}})
+    config = here.config("release.push_to_hub=true", "release.repo=ada/model")
+    return logins.check_push(config, {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN})
+
+
 def gated_model_without_a_token(here: Place) -> Findings:
     hub = here.hub()
     hub.models["org/model"] = {"1" * 40: {}}
@@ -531,6 +540,24 @@ def mlflow_refuses_the_login(here: Place) -> Findings:
 
 def mlflow_not_installed(here: Place) -> Findings:
     return logins.check_trackers(("mlflow",), {}, lambda name: None)
+
+
+def mlflow_without_its_database(here: Place) -> Findings:
+    environ = {"MLFLOW_TRACKING_URI": "sqlite:////srv/runs.db"}
+    return logins.check_trackers(("mlflow",), environ, lambda name: object() if name == "mlflow" else None)
+
+
+def trackio_not_installed(here: Place) -> Findings:
+    return logins.check_trackers(("trackio",), {}, lambda name: None)
+
+
+def trackio_unreachable(here: Place) -> Findings:
+    return logins.check_trackers(("trackio",), {"TRACKIO_SERVER_URL": CLOSED}, lambda name: object())
+
+
+def trackio_space_without_a_token(here: Place) -> Findings:
+    environ = {"TRACKIO_SPACE_ID": "me/board", "HOME": str(here.path), "HF_HOME": str(here.path)}
+    return logins.check_trackers(("trackio",), environ, lambda name: object())
 
 
 def git_missing(here: Place) -> Findings:
@@ -727,15 +754,20 @@ FAULTS: tuple[Fault, ...] = (
     (token_read_only, "failure", "token-write", "the token of ada is read-only", "write permission to ada/model"),
     (token_of_someone_outside_the_organisation, "failure", "token-write", "may not write there", "lab/model"),
     (push_without_a_token, "failure", "token-write", "no valid token", "release.push_to_hub=false"),
+    (planned_release_whose_tag_is_taken, "failure", "push", "has a tag v0.1 already", "choose another --tag"),
     (gated_model_without_a_token, "failure", "access", "refuses access to org/model", "accept its terms"),
     (gated_model_refused, "failure", "access", "refuses access to org/model", "HF_TOKEN"),
     (gated_dataset, "failure", "access", "refuses access to org/chats", "accept its terms"),
     (model_that_does_not_exist, "failure", "access", "org/no-model was not found", "correct the name"),
     (wandb_without_a_key, "failure", "wandb", "there is no key", "export WANDB_API_KEY"),
-    (wandb_not_installed, "failure", "wandb", "not installed", "pip install wandb"),
+    (wandb_not_installed, "failure", "wandb", "not installed", "pip install 'trainway[wandb]'"),
     (mlflow_unreachable, "failure", "mlflow", "127.0.0.1:9 cannot be reached", "MLFLOW_TRACKING_URI"),
     (mlflow_refuses_the_login, "failure", "mlflow", "refuses the login", "MLFLOW_TRACKING_PASSWORD"),
-    (mlflow_not_installed, "failure", "mlflow", "not installed", "pip install mlflow"),
+    (mlflow_not_installed, "failure", "mlflow", "not installed", "pip install 'trainway[mlflow]'"),
+    (mlflow_without_its_database, "failure", "mlflow", "sqlalchemy and alembic", "pip install 'trainway[mlflow]'"),
+    (trackio_not_installed, "failure", "trackio", "not installed", "pip install 'trainway[trackio]'"),
+    (trackio_unreachable, "failure", "trackio", "cannot be reached", "TRACKIO_SERVER_URL"),
+    (trackio_space_without_a_token, "failure", "trackio", "no token", "HF_TOKEN"),
     (git_missing, "failure", "git", "Git is not installed", "apt-get install -y git"),
     (no_ssh_key, "warning", "ssh-key", "no SSH key", "ssh-keygen -t ed25519"),
     (token_on_a_command_line, "warning", "secrets", "stands on the command line of process", "revoke this one"),

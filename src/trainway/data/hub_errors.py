@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from trainway.errors import ConfigError, DataError, EnvironmentFault, UserError
+from trainway.errors import ConfigError, DataError, EnvironmentFault, UserError, error_chain
 
 
 def user_error(name: str, error: Exception, *, kind: Literal["dataset", "model"] = "dataset") -> UserError:
     """The error for the user, about the dataset or model `name`, that an exception of the libraries amounts to."""
-    chain = list(_chain(error))
+    chain = list(error_chain(error))
     kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
     text = " ".join(str(error).split())
     status = next((code for link in chain if (code := _status(link))), None)
@@ -36,7 +36,7 @@ def user_error(name: str, error: Exception, *, kind: Literal["dataset", "model"]
 
 def is_unreachable(error: Exception) -> bool:
     """Whether an exception of the libraries means that there is no way to the Hub, or that it broke off."""
-    chain = list(_chain(error))
+    chain = list(error_chain(error))
     if any(_status(link) in (401, 403, 404) for link in chain):
         return False
     return any(_MEANINGS.get(kind.__name__) is _offline for link in chain for kind in type(link).__mro__)
@@ -94,15 +94,6 @@ _MEANINGS: dict[str, Callable[[str, str, str], UserError]] = {
     "RevisionNotFoundError": _no_revision,
 }
 """What an error means, by the name of a class in its chain: the classes move between versions of the libraries."""
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    link: BaseException | None = error
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        yield link
-        link = link.__cause__ or link.__context__
 
 
 def _status(error: BaseException) -> int | None:

@@ -17,6 +17,7 @@ from trainway.errors import DataError
 from trainway.files import atomic_write, hash_file, read_json
 from trainway.logs import stage
 from trainway.storage.address import is_remote, parse_address
+from trainway.storage.retry import Backoff
 from trainway.storage.store import Entry, Store, open_store
 from trainway.storage.transfer import fetch
 
@@ -56,16 +57,20 @@ def look_up(path: str, cache: Path) -> tuple[int, int]:
 
     Raises as `with_fetched_sources`, but fetches nothing.
     """
+    sizes, _ = object_sizes(path, cache)
+    if not sizes:
+        raise _nothing_there(str(parse_address(path)))
+    return len(sizes), sum(sizes.values())
+
+
+def object_sizes(path: str, cache: Path, backoff: Backoff | None = None) -> tuple[dict[str, int], bool]:
+    """(bytes of each object by its name, whether they were fetched before), as `look_up`; empty for an address of nothing."""
     address = str(parse_address(path))
     origin = _folder(address, cache) / ORIGIN
     if origin.exists():
-        sizes = [file["size"] for file in read_json(origin)["files"]]
-    else:
-        base, pattern = _split(address)
-        sizes = [entry.size for entry in _wanted(open_store(base), pattern).values()]
-    if not sizes:
-        raise _nothing_there(address)
-    return len(sizes), sum(sizes)
+        return {file["name"]: file["size"] for file in read_json(origin)["files"]}, True
+    base, pattern = _split(address)
+    return {name: entry.size for name, entry in _wanted(open_store(base, backoff), pattern).items()}, False
 
 
 def _folder(address: str, cache: Path) -> Path:

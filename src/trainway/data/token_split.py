@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -95,10 +96,24 @@ class TokenSplit:
                 yield part.tokens[own], np.diff(starts), None if part.mask is None else part.mask[own]
                 done = stop
 
+    def document_numbers(self) -> TokenSplit:
+        """The same documents, with the number of the document in place of each token: rows of it say whose theirs are."""
+        return _DocumentNumbers(self._parts, self.eos_id, self.name)
+
     def _within(self, start: int, stop: int) -> tuple[Part, ...]:
         low = int(np.searchsorted(self._firsts, start, "right")) - 1
         high = int(np.searchsorted(self._firsts, stop, "left"))
         return self._parts[max(low, 0) : high]
+
+
+class _DocumentNumbers(TokenSplit):
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """[stop - start] int64: of each position the number of its document, from 0."""
+        return self._all_starts.searchsorted(np.arange(start, stop), "right") - 1
+
+    @cached_property
+    def _all_starts(self) -> np.ndarray:
+        return self.document_starts(0, self.num_tokens)
 
 
 def _starts_between(starts: np.ndarray, start: int, stop: int) -> np.ndarray:

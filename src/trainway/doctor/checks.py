@@ -225,7 +225,10 @@ def _check_logins(subject: Subject, hub: Callable[[], network.Answer | None]) ->
     if config is None:
         return
     push = config.release.push_to_hub and not subject.offline
-    yield from logins.check_write(login, needs.planned_repository(config), push=push)
+    writing = list(logins.check_write(login, needs.planned_repository(config), push=push))
+    yield from writing
+    if push and not failures(writing):
+        yield from logins.check_push(config, environ)
     if answer is not None and not answer.fault:
         for name, kind in needs.hub_repositories(config):
             yield from logins.check_access(name, token, environ, kind)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainway.doctor.findings import PAID_VARIABLE, POD_VARIABLE, Finding, failure, gib, listed, ok, warning
+from trainway.recipes.volume import ERASED
 
 SHM = Path("/dev/shm")
 SHM_DEFAULT = 64 << 20
@@ -23,8 +24,6 @@ FEW_INODES = 10_000
 FEWEST_INODES = 200
 PROBE_BYTES = 16 << 20
 SLOW_MB_S = 50.0
-TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm", "/root")
-"""On a pod these lie on the container's disk."""
 IN_MEMORY = ("tmpfs", "ramfs")
 PROBE_PREFIX = ".trainway-doctor-"
 
@@ -36,6 +35,8 @@ class Need:
     path: Path
     what: str
     num_bytes: int
+    note: str = ""
+    """What is not in `num_bytes`, in words."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def check_room(needs: Sequence[Need]) -> Iterator[Finding]:
 def judge_room(room: Room, group: Sequence[Need]) -> Iterator[Finding]:
     total = sum(need.num_bytes for need in group)
     places = listed(list(dict.fromkeys(str(need.path) for need in group)))
-    parts = "; ".join(f"{need.what} {gib(need.num_bytes)}" for need in group if need.num_bytes)
+    notes = [need.note for need in group if need.note]
+    parts = "; ".join([*(f"{need.what} {gib(need.num_bytes)}" for need in group if need.num_bytes), *notes])
     fix = "free some space, choose run_dir, data.store_dir and HF_HOME on a larger disk, or lower checkpoint.keep_last"
     if total > room.free:
         yield failure(
@@ -121,7 +123,7 @@ def judge_room(room: Room, group: Sequence[Need]) -> Iterator[Finding]:
             "disk-space", f"{places}: {gib(room.free)} are free, about {gib(total)} are needed", why, fix
         )
     else:
-        needed = f", about {gib(total)} are needed" if total else ""
+        needed = "; ".join([f", about {gib(total)} are needed" if total else "", *notes])
         yield ok("disk-space", f"{places}: {gib(room.free)} are free{needed}")
     if room.inodes is None:
         return
@@ -224,7 +226,7 @@ def _passing(place: Path, mount: Mount, *, on_pod: bool, paid: bool) -> str:
     if mount.kind == "overlay" or (on_pod and mount.point == "/"):
         return f"{mount.point} is the container's own disk, which is erased when the pod stops"
     # a volume that is mounted there is no part of the container's disk
-    for name in TEMPORARY:
+    for name in ERASED:
         if place.is_relative_to(name) and not Path(mount.point).is_relative_to(name):
             return f"{name} is erased when the pod stops"
     return ""

@@ -9,7 +9,7 @@ from typing import Literal
 
 from trainway.config.schema import RunConfig
 from trainway.errors import UserError
-from trainway.provenance import MASK, mask_tokens
+from trainway.provenance import hide_secrets
 
 Level = Literal["ok", "warning", "failure"]
 
@@ -114,9 +114,7 @@ def without_secrets(findings: Iterable[Finding], environ: Mapping[str, str]) -> 
     values = [value for name in SECRET_VARIABLES if len(value := environ.get(name, "").strip()) >= 8]
 
     def clean(text: str) -> str:
-        for value in values:
-            text = text.replace(value, MASK)
-        return mask_tokens(text)
+        return hide_secrets(text, values)
 
     return [
         replace(item, what=clean(item.what), why=clean(item.why), fix=clean(item.fix)) for item in findings

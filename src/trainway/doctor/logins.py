@@ -15,11 +15,15 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from trainway.config.schema import RunConfig
 from trainway.data.hub import TOKEN_VARIABLES
 from trainway.data.hub_errors import is_unreachable, user_error
 from trainway.doctor.findings import Finding, failure, fault, listed, ok, warning
 from trainway.doctor.needs import hub_home
 from trainway.doctor.network import Answer, ask, endpoint
+from trainway.errors import UserError
+from trainway.provenance import mask_tokens
+from trainway.tracking import install_command
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 WRITERS = ("admin", "write", "contributor")
@@ -161,6 +165,21 @@ def check_write(login: Login | None, repository: str | None, *, push: bool) -> I
         yield ok("token-write", f"the token may write {target}")
 
 
+def check_push(config: RunConfig, environ: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether a planned release can go where it is meant to; nothing is made there."""
+    from trainway.release.readiness import is_done, prove_push
+
+    if is_done(config):
+        yield ok("push", "the run is done: `trainway release` says what is there of it")
+        return
+    try:
+        prove_push(config, environ, make=False)
+    except UserError as error:
+        yield fault("push", error)
+    else:
+        yield ok("push", f"{config.release.repo} can take the release {config.release.tag}")
+
+
 def may_write(login: Login, repository: str | None) -> bool:
     owner = repository.partition("/")[0] if repository else login.name
     if login.role == "fineGrained":
@@ -194,6 +213,8 @@ def check_trackers(
         yield from _check_wandb(environ, find)
     if "mlflow" in wanted:
         yield from _check_mlflow(environ, find, ask)
+    if "trackio" in wanted:
+        yield from _check_trackio(environ, find, ask)
 
 
 def check_git(environ: Mapping[str, str], home: Path) -> Iterator[Finding]:
@@ -268,8 +289,8 @@ def _check_wandb(environ: Mapping[str, str], find: Callable[[str], object]) -> I
         yield failure(
             "wandb",
             "tracking.report_to names wandb, which is not installed",
-            "the run imports it",
-            "pip install wandb",
+            "the run would be refused",
+            install_command(["wandb"]),
         )
     elif mode in ("offline", "disabled", "dryrun"):
         yield ok("wandb", f"Weights & Biases: WANDB_MODE is {mode}, so no login is needed")
@@ -279,7 +300,7 @@ def _check_wandb(environ: Mapping[str, str], find: Callable[[str], object]) -> I
         yield failure(
             "wandb",
             "tracking.report_to names wandb, and there is no key",
-            "it would ask for one when the run begins, and nobody is there to answer",
+            "it would take nothing of the run",
             "export WANDB_API_KEY=... or `wandb login`; WANDB_MODE=offline keeps everything here",
         )
 
@@ -300,12 +321,15 @@ def _check_mlflow(
         yield failure(
             "mlflow",
             "tracking.report_to names mlflow, which is not installed",
-            "the run imports it",
-            "pip install mlflow",
+            "the run would be refused",
+            install_command(["mlflow"]),
         )
         return
+    if uri == "databricks" or uri.startswith(("databricks://", "databricks-uc")):
+        yield ok("mlflow", f"MLflow: {uri}, with the login of Databricks' own tools")
+        return
     if not uri.startswith(("http://", "https://")):
-        yield ok("mlflow", f"MLflow keeps its files in {uri or 'the working directory'}")
+        yield from _check_mlflow_store(uri, find)
         return
     answer = asked(f"{uri.rstrip('/')}/health")
     host = urlsplit(uri).netloc.rpartition("@")[2]
@@ -325,3 +349,55 @@ def _check_mlflow(
         )
     else:
         yield ok("mlflow", f"the MLflow server {host} answers")
+
+
+def _check_mlflow_store(uri: str, find: Callable[[str], object]) -> Iterator[Finding]:
+    kind, separator, _ = uri.partition("://")
+    database = not uri or (separator and kind not in ("file", "dbfs", "s3"))
+    if database and (missing := [name for name in ("sqlalchemy", "alembic") if find(name) is None]):
+        yield failure(
+            "mlflow",
+            f"MLflow keeps the run in a database, which needs {' and '.join(missing)}",
+            "it would take nothing of the run",
+            f"{install_command(['mlflow'])}, or set MLFLOW_TRACKING_URI to a server",
+        )
+        return
+    place = "the working directory" if not uri else mask_tokens(uri)
+    yield ok("mlflow", f"MLflow keeps its files in {place}")
+
+
+def _check_trackio(
+    environ: Mapping[str, str], find: Callable[[str], object], asked: Callable[[str], Answer]
+) -> Iterator[Finding]:
+    server, space = environ.get("TRACKIO_SERVER_URL", ""), environ.get("TRACKIO_SPACE_ID", "")
+    if find("trackio") is None:
+        yield failure(
+            "trackio",
+            "tracking.report_to names trackio, which is not installed",
+            "the run would be refused",
+            install_command(["trackio"]),
+        )
+    elif space and find_token(environ) is None:
+        yield failure(
+            "trackio",
+            f"TRACKIO_SPACE_ID is {space}, and there is no token of the Hub",
+            "the Space would take nothing of the run",
+            "export HF_TOKEN=... or `hf auth login`; without TRACKIO_SPACE_ID everything stays here",
+        )
+    elif server and not space:
+        host = urlsplit(server).netloc.rpartition("@")[2]
+        answer = asked(server.partition("?")[0])  # what follows is a token
+        if answer.fault or answer.status >= 500:
+            yield failure(
+                "trackio",
+                f"the Trackio server {host} cannot be reached",
+                answer.fault or f"status {answer.status}",
+                "see that it runs and that TRACKIO_SERVER_URL is right",
+            )
+        else:
+            yield ok("trackio", f"the Trackio server {host} answers")
+    else:
+        yield ok(
+            "trackio",
+            f"Trackio writes to {f'the Space {space}' if space else 'its database on this machine'}",
+        )

@@ -24,6 +24,8 @@ from trainway.planning.arithmetic import count_parameters
 from trainway.planning.geometry import plan_memory, planned_shape, resolve_geometry
 from trainway.recipes.volume import CHECKPOINT_BYTES, STORE_SHARE, text_size
 from trainway.run_dir import RunDir
+from trainway.storage.address import is_remote
+from trainway.storage.retry import Backoff
 
 STORED_BYTES = 2
 """Per weight of a published model: bf16."""
@@ -94,7 +96,7 @@ def hub_model(config: RunConfig) -> str | None:
 
 def planned_repository(config: RunConfig) -> str | None:
     """OWNER/NAME that the trained model goes to, as far as the configuration names it."""
-    return getattr(config.release, "repo", None)
+    return config.release.repo
 
 
 def checkpoint_bytes(config: RunConfig) -> int | None:
@@ -126,7 +128,7 @@ def disk_needs(config: RunConfig | None, environ: Mapping[str, str]) -> list[Nee
     saved = max(0, (planned_disk(config) or 0) - _held(RunDir(run).checkpoints))
     needs = [
         Need(run, "checkpoints", saved),
-        Need(Path(config.data.store_dir), "prepared data", int(STORE_SHARE * text_bytes(config))),
+        _data_need(config),
     ]
     name, shape = hub_model(config), planned_shape(config)
     if name is not None and shape is not None:
@@ -136,14 +138,45 @@ def disk_needs(config: RunConfig | None, environ: Mapping[str, str]) -> list[Nee
     return needs
 
 
+def _data_need(config: RunConfig) -> Need:
+    """The token store, and the copies of what lies in object storage; a store that cannot be asked is named."""
+    remote = [path for path in _sources(config) if is_remote(path)]
+    text, to_fetch, unknown = text_bytes(config), 0, []
+    for path in remote:
+        found = _remote_sizes(path, config)
+        if found is None:
+            unknown.append(path)
+            continue
+        sizes, is_here = found
+        text += sum(text_size(Path(name), size) for name, size in sizes.items())
+        to_fetch += 0 if is_here else sum(sizes.values())
+    note = f"{', '.join(unknown)} cannot be asked, and is not counted" if unknown else ""
+    what = "prepared data" + (" and what is fetched for it" if to_fetch else "")
+    return Need(Path(config.data.store_dir), what, int(STORE_SHARE * text) + to_fetch, note)
+
+
+def _remote_sizes(path: str, config: RunConfig) -> tuple[dict[str, int], bool] | None:
+    """None for a store that does not answer at once, or for which no library is installed."""
+    from trainway.data.remote_sources import object_sizes
+
+    try:
+        return object_sizes(path, Path(config.data.store_dir).expanduser(), Backoff(attempts=1))
+    except UserError:
+        return None  # the check of the data says why
+
+
 def text_bytes(config: RunConfig) -> int:
     """About how many bytes of text the local sources hold; what is missing counts as nothing."""
     total = 0
-    for pattern in [source.path for source in train_sources(config.data)] + list(config.data.validation):
-        for place in _places(pattern):
+    for pattern in _sources(config):
+        for place in () if is_remote(pattern) else _places(pattern):
             with suppress(OSError):
                 total += text_size(place, place.stat().st_size)
     return total
+
+
+def _sources(config: RunConfig) -> list[str]:
+    return [source.path for source in train_sources(config.data)] + list(config.data.validation)
 
 
 def memory_needs(config: RunConfig, ranks: int, world_size: int) -> tuple[int | None, str]:

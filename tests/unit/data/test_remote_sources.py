@@ -37,7 +37,9 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(
         remote_sources,
         "open_store",
-        lambda base: DirectoryStore(Path(str(place["s3://bucket"]) + base.removeprefix("s3://bucket"))),
+        lambda base, backoff=None: DirectoryStore(
+            Path(str(place["s3://bucket"]) + base.removeprefix("s3://bucket"))
+        ),
     )
     return folder
 

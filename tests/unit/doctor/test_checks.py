@@ -376,7 +376,25 @@ def test_ways_to_log_in_to_a_tracker(here: Place) -> None:
     assert found("wandb", NETRC=str(netrc), WANDB_BASE_URL="https://wandb.lab") == ["failure"]
     assert found("mlflow", MLFLOW_TRACKING_URI="./mlruns") == ["ok"]
     assert found("mlflow", MLFLOW_TRACKING_URI=here.hub().url) == ["ok"]
+    assert found("mlflow", MLFLOW_TRACKING_URI="databricks://work") == ["ok"]
+    assert found("trackio") == ["ok"]
+    assert found("trackio", TRACKIO_SERVER_URL=f"{here.hub().url}?write_token=0123") == ["ok"]
+    assert found("trackio", TRACKIO_SERVER_URL="http://127.0.0.1:9/") == ["failure"]
+    assert found("trackio", TRACKIO_SPACE_ID="me/board", HF_HOME=str(here.path / "none")) == ["failure"]
+    assert found("trackio", TRACKIO_SPACE_ID="me/board", HF_TOKEN="hf_x") == ["ok"]
     assert found("tensorboard") == []
+
+
+def test_mlflows_database_needs_its_libraries() -> None:
+    def found(uri: str) -> list[str]:
+        environ = {"MLFLOW_TRACKING_URI": uri} if uri else {}
+        missing = ("sqlalchemy",)
+        return levels(
+            logins.check_trackers(("mlflow",), environ, lambda name: None if name in missing else object())
+        )
+
+    assert found("sqlite:////tmp/runs.db") == found("postgresql://host/runs") == found("") == ["failure"]
+    assert found("file:///tmp/mlruns") == found("./mlruns") == found("databricks") == ["ok"]
 
 
 # data
