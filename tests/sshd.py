@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,14 +78,13 @@ class Server:
     def cut(self) -> int:
         """Kill the open sessions' sshd processes, not what they have started; how many there were."""
         assert self.process is not None
-        sessions = [
-            child
-            for child in psutil.Process(self.process.pid).children(recursive=True)
-            if child.name().startswith("sshd")
-        ]
-        for session in sessions:
-            session.kill()
-        return len(sessions)
+        cut = 0
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # it may end by itself meanwhile
+                if child.name().startswith("sshd"):
+                    child.kill()
+                    cut += 1
+        return cut
 
     def new_host_key(self) -> None:
         make_key(self.folder / "host")

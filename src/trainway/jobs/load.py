@@ -15,8 +15,9 @@ from trainway.config.load import load_config, raise_all
 from trainway.config.schema import RunConfig
 from trainway.config.source import Setting, parse_scalar, preset_names, read_file
 from trainway.errors import ConfigError
+from trainway.jobs.hub import settle_release
 from trainway.jobs.orders import Ender, Orders
-from trainway.jobs.rules import broken_rules
+from trainway.jobs.rules import broken_by_run, broken_rules
 from trainway.jobs.spec import JobSpec
 from trainway.jobs.target import Job
 
@@ -36,12 +37,14 @@ def load_job(source: str | Path, overrides: Sequence[str] = ()) -> Job:
     spec, origins = _validate(settings, str(path))
     raise_all(list(broken_rules(spec, origins)), *OF_THE_JOB)
     config = _run_config(spec, path.parent)
+    raise_all(list(broken_by_run(spec, config, origins)), *OF_THE_JOB)
     root = spec.root or ROOTS[spec.target]
     if spec.target == "local":
         root = str((path.parent / Path(root).expanduser()).absolute())
+    settled, release = settle_release(config, spec.at_end.release)
     orders = Orders(
         job=spec.name,
-        config=config_values(config),
+        config=config_values(settled),
         root=root,
         boot=spec.boot,
         inputs=spec.inputs,
@@ -49,7 +52,7 @@ def load_job(source: str | Path, overrides: Sequence[str] = ()) -> Job:
         processes=spec.processes,
         awaits_upload=bool(spec.upload),
         limits=spec.limits,
-        release=spec.at_end.release,
+        release=release,
         sync=spec.sync,
         machine=spec.at_end.machine,
         ender="command" if spec.ssh.end_command else ENDERS.get(spec.target, "exit"),

@@ -19,7 +19,9 @@ from trainway.errors import ConfigError, EnvironmentFault, UserError
 from trainway.files import atomic_open, atomic_write, disk_faults, hash_file, read_json
 from trainway.jobs.orders import JobDir, Orders, PodState
 from trainway.jobs.record import Record, records_dir
+from trainway.jobs.secrets import secrets_of
 from trainway.jobs.target import Cost, Job, JobStatus, MachineState, Say, Stray
+from trainway.jobs.waiting import Deadline
 from trainway.pod.processes import JOB_MARK, PYTHON, STAGE_MARK, end_all, find_all
 from trainway.pod.start import identity
 
@@ -27,7 +29,6 @@ NAME_MARK = "TRAINWAY_LOCAL_JOB"
 """Environment of every process of a local job: its remote name, by which it is found wherever it has gone."""
 HOME_MARK = "TRAINWAY_LOCAL_HOME"
 """The same: where the records are that know of it; the jobs of another home are none of ours."""
-START_S = 60.0
 DOWN_S = 60.0
 """How long `down` leaves a job to save, before it is killed."""
 POLL_S = 0.2
@@ -62,7 +63,7 @@ class LocalTarget:
         if find_all(_of(record)):
             say(f"{record.name} runs already")
             return record.with_(phase="up")
-        secrets = _secrets(job)
+        secrets = secrets_of(job.spec)
         # a job that has ended is taken up again: these are new orders
         orders = job.orders.model_copy(update={"token": f"{record.token}-{time.time_ns():x}"})
         job_dir = JobDir.of(orders.root, record.name)
@@ -82,7 +83,7 @@ class LocalTarget:
             )
             for rank in range(orders.nodes)
         ]
-        _see_them_start(job_dir, orders, started)
+        _see_them_start(job_dir, orders, record, started, say)
         say(f"{record.name} runs here; its files are in {job_dir.path}")
         return record
 
@@ -238,12 +239,17 @@ def _start(job_dir: JobDir, record: Record, rank: int, more: Mapping[str, str]) 
         )
 
 
-def _see_them_start(job_dir: JobDir, orders: Orders, started: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Wait until every supervisor has taken up the orders. Raises EnvironmentFault when one has ended before."""
-    wanted, end = identity(orders), time.monotonic() + START_S
+def _see_them_start(
+    job_dir: JobDir, orders: Orders, record: Record, started: Sequence[subprocess.Popen[bytes]], say: Say
+) -> None:
+    """Wait until every supervisor has taken up the orders.
+
+    Raises EnvironmentFault when one has ended before, or says nothing within `limits.start_minutes`: all are ended then.
+    """
+    wanted, deadline = identity(orders), Deadline(orders.limits.start_minutes, say)
     for rank, process in enumerate(started):
         own = job_dir.node(rank)
-        while time.monotonic() < end:
+        while True:
             state = _state(own)
             if state is not None and (state.orders == wanted or state.outcome == "done"):
                 break
@@ -254,18 +260,15 @@ def _see_them_start(job_dir: JobDir, orders: Orders, started: Sequence[subproces
                     "; ".join(lines[-3:]),
                     f"see {own.log}",
                 )
+            if deadline.is_over():
+                _end(record, 0.0)
+                raise deadline.fault(
+                    f"the supervisor of node {rank}",
+                    f"process {process.pid} has not taken up its orders",
+                    f"it is ended; see {own.log}",
+                )
+            deadline.tell(f"the supervisor of node {rank}")
             time.sleep(POLL_S)
-
-
-def _secrets(job: Job) -> dict[str, str]:
-    missing = [there for there in job.spec.secrets.values() if there not in os.environ]
-    if missing:
-        raise EnvironmentFault(
-            f"{', '.join(missing)}: not set here",
-            "the job file takes secrets from variables of this machine",
-            "export them, and start again",
-        )
-    return {name: os.environ[there] for name, there in job.spec.secrets.items()}
 
 
 def _place(job: Job, path: str, to: str) -> Path:

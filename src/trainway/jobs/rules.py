@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePosixPath
 
 from trainway.config.aliases import SECRETS
+from trainway.config.schema import RunConfig
 from trainway.errors import ConfigError
+from trainway.jobs.hub import has_token, hub_repository
 from trainway.jobs.spec import JobSpec
+from trainway.recipes.volume import ERASED
 
 PAID = ("runpod", "kubernetes")
 """Targets whose machine is gone, with all that is on it, when the job is."""
-ERASED = ("/tmp", "/root", "/dev/shm")
 OWN_SECTIONS = ("ssh", "runpod", "kubernetes")
 MOST_VARIABLES = 40
 """RunPod takes 50; some are ours."""
@@ -34,6 +36,37 @@ def broken_rules(spec: JobSpec, origins: Mapping[str, str]) -> Iterator[ConfigEr
     yield from _variables(spec, where)
     yield from _machine(spec, where)
     yield from _paths(spec, where)
+    yield from _release(spec, origins, where)
+
+
+def broken_by_run(spec: JobSpec, config: RunConfig, origins: Mapping[str, str]) -> Iterator[ConfigError]:
+    """What the job and the settings of its run contradict each other in."""
+    release, key = spec.at_end.release, "at_end.release.to"
+    origin = f"{origins[key]}: " if key in origins else ""
+    if config.release.push_to_hub and release.to is not None:
+        yield ConfigError(
+            f"{origin}{key} is {release.to}, and the run has release.push_to_hub",
+            "a job releases to one place",
+            "take one of the two out",
+        )
+    if config.release.push_to_hub and spec.target != "local" and not has_token(spec):
+        yield ConfigError(
+            "the run has release.push_to_hub, and no secret of the job holds a token of the Hub",
+            "the machine could not upload the model",
+            "add `secrets: {HF_TOKEN: NAME}`: the name of the secret, not its value",
+        )
+    if release.merge and not config.lora.enabled:
+        yield ConfigError(
+            f"{origin}at_end.release.merge is on, and the run trains the whole model",
+            "there is no adapter to merge",
+            "take it out",
+        )
+    if release.merge and config.lora.quantize != "none":
+        yield ConfigError(
+            f"{origin}at_end.release.merge is on, and lora.quantize is {config.lora.quantize}",
+            "into what such an adapter is merged has to be said by name, when it is known how well it does",
+            "release the adapter, and merge it later: trainway export RUN --merge-into dequantized",
+        )
 
 
 def _sections(spec: JobSpec, origins: Mapping[str, str], where: _Where) -> Iterator[ConfigError]:
@@ -54,6 +87,12 @@ def _sections(spec: JobSpec, origins: Mapping[str, str], where: _Where) -> Itera
                     "the machine is there already, with its own disk",
                     f"take {key} out",
                 )
+    if spec.target == "kubernetes" and "source" in origins:
+        yield ConfigError(
+            f"{where('source')}source is set, and the target is kubernetes",
+            "nothing is installed in a pod: Trainway is what its image holds",
+            "take it out, and build the image from that source (docs/kubernetes.md)",
+        )
     if spec.inputs and not spec.boot:
         yield ConfigError(
             f"{where('inputs')}inputs are given without boot",
@@ -144,7 +183,7 @@ def _machine(spec: JobSpec, where: _Where) -> Iterator[ConfigError]:
         )
     if spec.target in PAID:
         root = PurePosixPath(spec.root or "/workspace")
-        if not root.is_absolute() or root.parts[:2] in {PurePosixPath(path).parts[:2] for path in ERASED}:
+        if not root.is_absolute() or any(root.is_relative_to(path) for path in ERASED):
             yield ConfigError(
                 f"{where('root')}root is {spec.root}",
                 "what is written there is erased with the machine",
@@ -161,3 +200,29 @@ def _paths(spec: JobSpec, where: _Where) -> Iterator[ConfigError]:
                 "it is seen from the volume's root and stays below it",
                 "write e.g. `to: data`",
             )
+
+
+def _release(spec: JobSpec, origins: Mapping[str, str], where: _Where) -> Iterator[ConfigError]:
+    release, key = spec.at_end.release, "at_end.release"
+    repo = hub_repository(release.to)
+    if repo is None:
+        for name in ("tag", "private", "licence", "base"):
+            if f"{key}.{name}" in origins:
+                yield ConfigError(
+                    f"{where(f'{key}.{name}')}{key}.{name} is set, and the release goes to {release.to or 'no place'}",
+                    "it belongs to a release to the Hub",
+                    f"take it out, or set `{key}.to: hf://OWNER/NAME`",
+                )
+        return
+    if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", repo):
+        yield ConfigError(
+            f"{where(f'{key}.to')}{key}.to is {release.to!r}",
+            "it names no repository of the Hub",
+            "write hf://OWNER/NAME",
+        )
+    if spec.target != "local" and not has_token(spec):
+        yield ConfigError(
+            f"{where(f'{key}.to')}{key}.to is {release.to}, and no secret holds a token of the Hub",
+            "the machine could not upload the model",
+            "add `secrets: {HF_TOKEN: NAME}`: the name of the secret, not its value",
+        )

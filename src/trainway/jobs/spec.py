@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, StringConstraints, model_validator
 
-from trainway.config.schema import NonNegativeInt, Section
+from trainway.config.schema import LicenceName, ModelName, NonNegativeInt, Section, TagName
 
 TargetName = Literal["local", "ssh", "runpod", "kubernetes"]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -61,6 +61,8 @@ class Limits(Section):
     """Training that makes no step for so long is ended."""
     save_minutes: PositiveFloat = 12
     """How long a training that is asked to end may take to save; then it is killed."""
+    start_minutes: PositiveFloat = 30
+    """How long `up` waits for a machine that does not come; what it has rented is ended then, and pods of Kubernetes are left."""
     upload_minutes: PositiveFloat = 120
     """How long the machine waits for the files it was promised."""
     restarts: NonNegativeInt = 3
@@ -71,11 +73,20 @@ class Release(Section):
     """Where the chosen checkpoint goes when the training is done."""
 
     to: str | None = None
-    """A directory or an s3:// or gs:// address for the exported model; empty means none."""
-    which: Literal["best", "latest"] = "best"
-    """The checkpoint to release."""
+    """A directory or an s3:// or gs:// address for the exported model, or hf://OWNER/NAME for a repository of the Hub;
+    empty means none."""
+    which: Literal["best", "latest"] | NonNegativeInt = "best"
+    """The checkpoint to release: best, latest, or a step."""
     merge: bool = False
     """Merge an adapter into its base model."""
+    tag: TagName = "v0.1"
+    """hf: tag of the release; it is set when everything else is there."""
+    private: bool = True
+    """hf: make a private repository; off: everyone may read it."""
+    licence: LicenceName | None = None
+    """hf: the model's licence, as the Hub names it; empty means the card names none."""
+    base: ModelName | None = None
+    """hf: id of the base model for the card, where model.path is a directory."""
 
 
 class AtEnd(Section):
@@ -147,6 +158,8 @@ class KubernetesSettings(Section):
     """Taints that the pods put up with, as Kubernetes writes them."""
     cpu: str = "8"
     """Cores requested by each pod."""
+    cpu_limit: str | None = None
+    """Cores that a pod may use at most, where the namespace's quota asks for a limit; empty means no limit."""
     memory: str = "64Gi"
     """Memory of each pod: request and limit."""
     shm: str = "16Gi"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +11,9 @@ from typing import Any
 from trainway.errors import ConfigError, EnvironmentFault
 from trainway.jobs.orders import JobDir, Orders
 from trainway.jobs.record import Record, load_record, records_dir
+from trainway.jobs.secrets import secrets_of
 from trainway.jobs.shell.command import Address, ConnectionLost
-from trainway.jobs.shell.connection import Connection, remote_logs, state_of
+from trainway.jobs.shell.connection import Connection, FarEnd, remote_logs, state_of
 from trainway.jobs.shell.environment import Source, bring, find_source
 from trainway.jobs.shell.far_job import MARK
 from trainway.jobs.shell.host_keys import fingerprint, pinned_host_key, scan_host_key
@@ -23,6 +23,8 @@ from trainway.jobs.target import Cost, Job, JobStatus, MachineState, Say, Stray
 SPARE_S = 120.0
 """Beyond the time that the job's file gives the training to save: the last copy of the run."""
 LOOK_S = 1.0
+KILL_LOOKS = 30
+"""After so many looks, what the kernel does not give back is left behind."""
 SAY_S = 15.0
 
 
@@ -57,7 +59,7 @@ class SshTarget:
             EnvironmentFault: the machine cannot be reached, is another one than before, or lacks something.
         """
         address = _address(job)
-        secrets = _secrets(job)
+        secrets = secrets_of(job.spec)
         record = record.with_(
             place={
                 "host": address.host,
@@ -181,18 +183,7 @@ class SshTarget:
             say(f"{record.name} has not ended in time: it is killed")
         connection = _connection(record)
         with connection.far_end() as far:
-            for _ in range(30):
-                if far.ask("end", mark=record.remote_name, stop=None, signal=signal.SIGKILL) == 0:
-                    break
-                time.sleep(LOOK_S)
-            left = far.ask("processes", mark=record.remote_name)
-        if left:
-            numbers = ", ".join(str(one["pid"]) for one in left)
-            raise EnvironmentFault(
-                f"processes of {record.name} cannot be killed on {connection.address}",
-                f"the kernel still has {numbers}",
-                "see to them there, then try again",
-            )
+            _kill(far, record.remote_name)
         say(f"nothing of {record.name} runs on {connection.address}")
         if command := record.place.get("end_command"):
             self._end_machine(connection, command, say)
@@ -275,16 +266,31 @@ class SshTarget:
         return list(found.values())
 
     def end_stray(self, stray: Stray) -> None:
-        """Ask it to save and end; what is left is killed."""
+        """Ask it to save and end; what is left is killed. Raises EnvironmentFault when that does not help either."""
         mark, _, name = stray.id.rpartition("@")
         record = load_record(name)
         with _connection(record).far_end() as far:
             far.ask("end", mark=mark, stop=None, signal=signal.SIGTERM)
             end = time.monotonic() + float(record.place["save_s"])
-            while far.ask("processes", mark=mark):
+            while any(one["supervisor"] for one in far.ask("processes", mark=mark)):
                 if time.monotonic() > end:
-                    far.ask("end", mark=mark, stop=None, signal=signal.SIGKILL)
+                    break
                 time.sleep(LOOK_S)
+            _kill(far, mark)
+
+
+def _kill(far: FarEnd, mark: str) -> None:
+    """SIGKILL to all that bears the mark of a job, and see that it is gone. Raises EnvironmentFault naming what is not."""
+    for _ in range(KILL_LOOKS):
+        if far.ask("end", mark=mark, stop=None, signal=signal.SIGKILL) == 0:
+            return
+        time.sleep(LOOK_S)
+    if left := far.ask("processes", mark=mark):
+        raise EnvironmentFault(
+            f"processes of {mark} cannot be killed on {far.where}",
+            f"the kernel still has {', '.join(str(one['pid']) for one in left)}",
+            "see to them there, then try again",
+        )
 
 
 def _address(job: Job) -> Address:
@@ -339,17 +345,6 @@ def _place(record: Record) -> JobDir:
 
 def _where(place: JobDir, record: Record) -> dict[str, str]:
     return {"state": str(place.state), "lock": str(place.lock), "mark": record.remote_name}
-
-
-def _secrets(job: Job) -> dict[str, str]:
-    missing = [there for there, here in job.spec.secrets.items() if not os.environ.get(here)]
-    if missing:
-        raise ConfigError(
-            f"{', '.join(missing)}: the secret is not set here",
-            "its value is taken from the environment of this machine",
-            "export it, then start the same command again",
-        )
-    return {there: os.environ[here] for there, here in job.spec.secrets.items()}
 
 
 def _source(job: Job) -> Source:

@@ -73,7 +73,12 @@ class Target(Protocol):
 
     def up(self, job: Job, record: Record, say: Say) -> Record:
         """Rent or find the machine, bring the files there, start the orders. Called again after a failure it goes on, and
-        never makes a second machine: what is at the provider under `record.remote_name` is this job's."""
+        never makes a second machine: what is at the provider under `record.remote_name` is this job's.
+
+        A machine that does not come within `job.orders.limits.start_minutes` (see `trainway.jobs.waiting.Deadline`) is
+        EnvironmentFault. What this call has rented is ended before that; a machine that was there already, and pods that
+        a cluster's queue may still start, are left, and the error names what the provider says of them.
+        """
 
     def status(self, record: Record) -> JobStatus: ...
 

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from trainway.checkpoint.lock import directory_lock
 from trainway.errors import ConfigError, DataError, EnvironmentFault, UserError
+from trainway.jobs.hub import with_release
 from trainway.jobs.load import job_name, load_job
 from trainway.jobs.quote import Quote, describe, quote, settle
 from trainway.jobs.record import (
@@ -23,6 +24,7 @@ from trainway.jobs.record import (
     records_dir,
     save_record,
 )
+from trainway.jobs.secrets import secrets_of
 from trainway.jobs.spec import TargetName
 from trainway.jobs.target import Cost, Job, JobStatus, Say, Stray, Target
 
@@ -294,14 +296,7 @@ def _check_uploads(job: Job) -> None:
 def _check_logins(job: Job, say: Say, environ: Mapping[str, str] = os.environ) -> None:
     """What would stop the job on its first minute there is found here, as far as it can be."""
     spec = job.spec
-    if spec.target in ("local", "ssh"):
-        missing = [source for source in spec.secrets.values() if not environ.get(source)]
-        if missing:
-            raise EnvironmentFault(
-                f"{', '.join(missing)} is not set",
-                f"on {spec.target}, secrets are taken from the variables of this machine",
-                "set it, or take it out of `secrets:`",
-            )
+    secrets_of(spec, environ)
     # imported here: a dry run looks at no login, and is to answer at once
     from trainway.doctor.checks import refuse_logins
     from trainway.doctor.logins import find_token
@@ -310,7 +305,7 @@ def _check_logins(job: Job, say: Say, environ: Mapping[str, str] = os.environ) -
     if find_token(environ) is None and TOKEN in spec.secrets:
         say(f"{TOKEN} is known to {spec.target} alone: the machine checks it before it trains")
     else:
-        refuse_logins(job.config, environ)
+        refuse_logins(with_release(job.config, spec.at_end.release), environ)
 
 
 def _look(record: Record, *, raises: bool) -> Seen:

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from trainway.errors import ExitCode, UserError
@@ -32,12 +33,10 @@ def main(arguments: Sequence[str]) -> int:
         orders = read_orders(Path(arguments[0]) if arguments else None)
         return supervise(orders)
     except UserError as error:
-        for label, text in (("error", error.what), ("why", error.why), ("fix", error.fix)):
-            if text:
-                print(f"{label}: {text}", file=sys.stderr, flush=True)
+        _say(error.lines)
         code = int(error.code)
     except Exception as error:  # such as a disk that cannot even hold the log
-        print(f"internal error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        _say(f"internal error: {type(error).__name__}: {error}")
         code = ExitCode.INTERNAL
     if is_first_of_pod(orders, os.environ, os.getpid(), os.getppid()):
         _stop_pod()
@@ -57,16 +56,18 @@ def is_first_of_pod(orders: Orders | None, environ: Mapping[str, str], pid: int,
 def _stop_pod() -> None:
     """A container of RunPod's that ends is started again, and costs: have it stopped, which loses nothing."""
 
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
     def wait(seconds: float) -> bool:
         time.sleep(seconds)
         return False
 
-    ending.keep_asking(lambda: ending.ask_runpod("stop"), say, wait, FIRST_WAIT_S)
+    ending.keep_asking(lambda: ending.ask_runpod("stop"), _say, wait, FIRST_WAIT_S)
     while True:
         time.sleep(FIRST_WAIT_S)
+
+
+def _say(text: str) -> None:
+    with suppress(OSError, ValueError):  # nobody listens any more; the machine is to be ended all the same
+        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -40,9 +40,7 @@ def main(arguments: list[str]) -> int:
     try:
         print({"tree": copy_model, "run": copy_last, "back": bring_back}[way](*words))
     except UserError as error:
-        for label, text in (("error", error.what), ("why", error.why), ("fix", error.fix)):
-            if text:
-                print(f"{label}: {text}", file=sys.stderr)
+        print(error.lines, file=sys.stderr)
         return error.code
     return ExitCode.DONE
 

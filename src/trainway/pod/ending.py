@@ -35,6 +35,10 @@ class Answer:
     """In words, without secrets."""
     wait_s: float | None = None
     """How long the server wants to be left alone."""
+    refused: bool = False
+    """Whether asking the same again is in vain."""
+    gone: bool = False
+    """Whether the server knows no such machine."""
 
 
 def keep_asking(
@@ -50,7 +54,10 @@ def keep_asking(
     pause, tries = first_wait_s, 0
     while True:
         tries += 1
-        answer = attempt()
+        try:
+            answer = attempt()
+        except Exception as error:  # whatever it is: who does not ask again leaves the machine costing
+            answer = Answer(False, f"failed: {type(error).__name__}")
         if answer.ended:
             say(answer.what)
             return True
@@ -84,6 +91,8 @@ def ask_runpod(action: Action, environ: Mapping[str, str] = os.environ) -> Answe
     base = (environ.get(API_VARIABLE) or API).rstrip("/")
     if missing:
         return Answer(False, f"{' and '.join(missing)} not set: RunPod cannot be asked")
+    if not (key.isascii() and key.isprintable()):
+        return Answer(False, f"{KEY} cannot be sent: it holds a character that no header may have")
     if not _is_safe(base):
         return Answer(
             False, f"{API_VARIABLE} is neither https nor on this machine: the key is not sent there"
@@ -92,10 +101,14 @@ def ask_runpod(action: Action, environ: Mapping[str, str] = os.environ) -> Answe
         return _ask("DELETE", f"{base}/clusters/{urllib.parse.quote(cluster, safe='')}", key, None)
     place = f"{base}/pods/{urllib.parse.quote(pod, safe='')}"
     answer = _ask("POST", f"{place}/action", key, {"action": action})
-    if answer.ended or action != "terminate" or not answer.what.startswith("refused"):
+    if action != "terminate" or not (answer.refused or answer.gone):
         return answer
-    second = _ask("DELETE", place, key, None)
-    return second if second.ended else Answer(False, f"{answer.what}; then {second.what}", second.wait_s)
+    second = _ask("DELETE", place, key, None)  # we are still here, whatever the first one says
+    return (
+        second
+        if second.ended or answer.gone
+        else Answer(False, f"{answer.what}; then {second.what}", second.wait_s)
+    )
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -116,13 +129,11 @@ def _ask(method: str, url: str, key: str, body: dict[str, str] | None) -> Answer
     except urllib.error.HTTPError as error:
         with error:
             if error.code == GONE:
-                return Answer(True, f"RunPod says that the machine is gone: {words} {error.code}")
-            how = "refused" if error.code in REFUSED else "failed"
-            return Answer(
-                False, f"{how}: {words} {error.code} {_detail(error)}".rstrip(), _retry_after(error)
-            )
-    except ValueError:  # a key with a line break, which is not repeated
-        return Answer(False, f"{KEY} cannot be sent: it holds a character that no header may have")
+                what = f"RunPod says that the machine is gone: {words} {error.code}"
+                return Answer(True, what, gone=True)
+            refused = error.code in REFUSED
+            what = f"{'refused' if refused else 'failed'}: {words} {error.code} {_detail(error)}".rstrip()
+            return Answer(False, what, _retry_after(error), refused)
     except Exception as error:  # the network has many ways to fail, and none may keep this from asking again
         return Answer(False, f"failed: {words} {getattr(error, 'reason', None) or type(error).__name__}")
 
@@ -131,7 +142,7 @@ def _detail(error: urllib.error.HTTPError) -> str:
     """The server's own words, of RFC 9457's `detail` or `title`."""
     try:
         said = json.loads(error.read(1 << 16))
-    except (OSError, ValueError):
+    except Exception:  # cut, endless, nested a thousand times: the status has said what counts
         return ""
     text = (said.get("detail") or said.get("title") or "") if isinstance(said, dict) else ""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())[:200]

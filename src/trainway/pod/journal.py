@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
 import time
+from collections import deque
 from contextlib import suppress
 from typing import Any
 
@@ -17,6 +17,9 @@ from trainway.jobs.orders import JobDir, PodState
 BEAT_S = 60.0
 """The state is written at least so often."""
 _COPY_EVERY_S = 0.1
+_MOST_LINES = 1000
+"""Of those that the disk has not taken; the newest are kept."""
+_STDOUT = 1
 
 
 class Clock:
@@ -43,10 +46,11 @@ class Journal:
         moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._clock.now()))
         line = f"[JOB] {moment} {' '.join(text.split())}\n".encode("utf-8", "backslashreplace")
         try:
-            os.write(self._file, line)
+            written = os.write(self._file, line)
         except OSError:
-            with suppress(OSError):
-                os.write(sys.stdout.fileno(), line)
+            written = 0
+        if written < len(line):  # a disk that is full takes a part of it, or nothing
+            self._copy.add(line[written:])
 
     def change(self, **changes: Any) -> None:
         """Note something new."""
@@ -75,9 +79,14 @@ class _Copy:
     def __init__(self, job_dir: JobDir) -> None:
         self._log = open(job_dir.log, "rb", buffering=0)  # noqa: SIM115 - the thread closes it
         self._log.seek(0, os.SEEK_END)
+        self._more: deque[bytes] = deque(maxlen=_MOST_LINES)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
+
+    def add(self, data: bytes) -> None:
+        """Copy what the log does not hold; never waits for the reader."""
+        self._more.append(data)
 
     def end(self) -> None:
         self._ended.set()
@@ -88,8 +97,14 @@ class _Copy:
             while True:
                 last = self._ended.is_set()  # before reading: what was said until then is copied
                 while data := self._log.read(1 << 16):
-                    while data:
-                        data = data[os.write(sys.stdout.fileno(), data) :]
+                    _write(data)
+                while self._more:
+                    _write(self._more.popleft())
                 if last:
                     return
                 self._ended.wait(_COPY_EVERY_S)
+
+
+def _write(data: bytes) -> None:
+    while data:
+        data = data[os.write(_STDOUT, data) :]

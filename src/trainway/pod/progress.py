@@ -65,7 +65,7 @@ def _last_step(run: RunDir) -> tuple[int, int]:
     for line in reversed(lines):  # the last one may be half written
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             return record["step"], size

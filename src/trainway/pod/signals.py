@@ -6,7 +6,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -19,6 +19,8 @@ class Signals:
     def __init__(self) -> None:
         self.asked = False
         """Whether SIGTERM or SIGINT has come; whoever acts on it sets it back."""
+        self.on_wait: Callable[[], None] = lambda: None
+        """Told at each wait that whoever waits is at work."""
         self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     @contextmanager
@@ -41,6 +43,7 @@ class Signals:
 
     def wait(self, seconds: float) -> bool:
         """Sleep until a signal or a child's end comes, at most so long; whether a stop is asked for."""
+        self.on_wait()
         ready, _, _ = select.select([self._reader], [], [], max(0.0, seconds))
         if ready:
             with suppress(BlockingIOError):

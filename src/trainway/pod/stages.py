@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from trainway.files import atomic_write
-from trainway.jobs.orders import JobDir, Orders, Stage
+from trainway.jobs.hub import hub_repository, release_words
+from trainway.jobs.orders import JobDir, Orders, PodState, Stage
 from trainway.recipes.volume import Volume, hub_environment, token_environment
 from trainway.run_dir import RunDir
 
@@ -63,8 +64,8 @@ def write_orders(orders: Orders, place: Place) -> None:
     from trainway.config.files import yaml_text
 
     atomic_write(place.job_dir.config, yaml_text(run_config(orders)))
-    text = orders.model_dump_json(indent=1) + "\n"
-    if not place.job_dir.orders.exists() or place.job_dir.orders.read_text(encoding="utf-8") != text:
+    text = (orders.model_dump_json(indent=1) + "\n").encode()
+    if not place.job_dir.orders.exists() or place.job_dir.orders.read_bytes() != text:
         atomic_write(place.job_dir.orders, text)
 
 
@@ -98,19 +99,33 @@ def training(orders: Orders, place: Place, trainway: tuple[str, ...] = TRAINWAY)
 
 
 def release(orders: Orders, place: Place, trainway: tuple[str, ...] = TRAINWAY) -> list[Step]:
-    """The export of the chosen checkpoint to where it was promised; nothing when it is there already."""
+    """The chosen checkpoint to where it was promised; nothing when it is exported there already.
+
+    A release to the Hub completes itself: the same words again do what is still to be done.
+    """
     to = orders.release.to
     if to is None:
         return []
     remote = "://" in to
     out = place.job_dir.exported if remote else place.root / to
-    which = orders.release.which
+    which = str(orders.release.which)
     if which == "best" and not (place.run.checkpoints / "best").exists():
         which = "latest"  # nothing was evaluated
+    if hub_repository(to) is not None:
+        words = release_words(orders.release, str(place.run.path), which, _spent(place))
+        return [Step("release", (*trainway, *words))]
     export = (*trainway, "export", str(place.run.path), "--out", str(out), "--which", which)
     # an export is complete or not there at all
     steps = [] if out.exists() else [Step("release", export + ("--merge",) * orders.release.merge)]
     return [*steps, Step("release", (*COPYING, "tree", str(out), to))] if remote else steps
+
+
+def _spent(place: Place) -> float:
+    """The dollars of this job so far; 0 where nobody knows."""
+    try:
+        return PodState.model_validate_json(place.job_dir.state.read_text(encoding="utf-8")).dollars
+    except (OSError, ValueError):
+        return 0.0
 
 
 def _bringing_back(orders: Orders, place: Place) -> list[Step]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +24,7 @@ from trainway.launch.dotenv import read_dotenv
 from trainway.launch.nodes import NODE_RANK
 
 T = TypeVar("T", bound=Section)
+_SAID = re.compile(rb"^\[JOB\] (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) ", re.MULTILINE)
 
 
 def read_orders(path: Path | None, environ: Mapping[str, str] = os.environ) -> Orders:
@@ -110,7 +114,7 @@ def load_state(job_dir: JobDir, request: Path, orders: Orders, now: float) -> tu
     """The state to begin with (see `resumed`), and until when a request to stop is answered already.
 
     request: the file by which the user asks for a stop. A state that is damaged is put aside: the run's own files say how
-    far it is.
+    far it is, and the log when the job began, so that its limits hold.
     """
     fresh = PodState(job=orders.job, stage="upload", began=now, updated=now, orders=identity(orders))
     if not job_dir.state.exists():
@@ -118,11 +122,22 @@ def load_state(job_dir: JobDir, request: Path, orders: Orders, now: float) -> tu
     try:
         before = PodState.model_validate(read_json(job_dir.state))
     except (ValueError, UserError) as error:
-        print(f"{job_dir.state} is damaged, and put aside: {error}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(f"{job_dir.state} is damaged, and put aside: {error}", file=sys.stderr, flush=True)
         job_dir.state.replace(job_dir.state.with_name(f"{job_dir.state.name}.damaged"))
-        return fresh, 0.0
+        return fresh.model_copy(update={"began": min(now, _first_said(job_dir.log, now))}), 0.0
     answered = 0.0 if before.orders == fresh.orders else before.updated
     return resumed(before, fresh, stop_asked=is_asked(request, answered)), answered
+
+
+def _first_said(log: Path, otherwise: float) -> float:
+    """When the first line of the log with a time was said, in seconds since 1970."""
+    try:
+        with log.open("rb") as file:
+            found = _SAID.search(file.read(1 << 16))
+        return datetime.fromisoformat(found[1].decode()).timestamp() if found else otherwise
+    except (OSError, ValueError):
+        return otherwise
 
 
 def is_asked(request: Path, answered: float) -> bool:
@@ -146,9 +161,9 @@ def resumed(before: PodState, fresh: PodState, *, stop_asked: bool) -> PodState:
     if same and before.outcome is not None and (before.outcome != "stopped" or stop_asked):
         return before
     crashed = before.outcome is None and before.stage == "train"
-    began = before.began
-    if not same and before.outcome is not None:
-        began = fresh.updated - max(0.0, before.updated - before.began)
+    used = fresh.updated - max(0.0, before.updated - before.began)
+    # a machine whose clock is behind does not give the time back that was used up before
+    began = used if not same and before.outcome is not None else min(before.began, used)
     return before.model_copy(
         update={
             "orders": fresh.orders,
@@ -156,7 +171,7 @@ def resumed(before: PodState, fresh: PodState, *, stop_asked: bool) -> PodState:
             "outcome": None,
             "reason": "",
             "exit_code": None,
-            "began": min(began, fresh.updated),
+            "began": began,
             "updated": fresh.updated,
             "crashes": (before.crashes + crashed) if same else 0,
             "attempts": before.attempts if same else 0,

@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import shlex
 import traceback
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
 from trainway.checkpoint.lock import directory_lock
 from trainway.errors import ExitCode, UserError
 from trainway.jobs.orders import JobDir, Orders, Outcome, PodState, Stage
-from trainway.pod import ending, stages
+from trainway.pod import stages
+from trainway.pod.deadman import STILL_S, Deadman
 from trainway.pod.following import Following
 from trainway.pod.guard import (
     GO_ON,
-    HOUR_S,
     NEVER_AGAIN,
     Facts,
     Kind,
@@ -27,6 +27,7 @@ from trainway.pod.guard import (
     limit_s,
 )
 from trainway.pod.journal import Clock, Journal
+from trainway.pod.leaving import Leaving, last_resort
 from trainway.pod.processes import JOB_MARK, Child, end_all
 from trainway.pod.progress import Progress, Seen, look
 from trainway.pod.signals import Signals
@@ -45,8 +46,6 @@ STALL_LOOKS = 6
 """A training that stands still gets so many looks of the guard to end by itself: it hardly will."""
 LAST_TRIES = 3
 """Of each command after the training."""
-ASK_AGAIN_S = 600.0
-"""A machine that has agreed to end and is still there is asked again."""
 
 
 def supervise(
@@ -92,6 +91,7 @@ class Supervisor:
         state, self._answered = load_state(job_dir, self.job.stop_request, orders, self.clock.now())
         self.bounds = bounds_of(orders, state.began)
         self.journal = Journal(job_dir, state, self.clock)
+        self._deadman = self._watched()
         self._last_moment = float("inf")
         """When what comes after the training is over, done or not."""
 
@@ -108,9 +108,28 @@ class Supervisor:
                 self.journal.say(f"internal error: {''.join(traceback.format_exception(error))}")
                 self._note_fault(f"internal error: {type(error).__name__}: {error}")
                 complete = True
-            code = self._end() if complete else ExitCode.STOPPED
+            code = self._leave() if complete else int(ExitCode.STOPPED)
+        if self._deadman is not None:
+            self._deadman.end()
         self.journal.close()
         return code
+
+    def _leave(self) -> int:
+        asked = is_asked(self.job.stop_request, self._answered)
+        leaving = Leaving(self.orders, self.place.rank, self.journal, self.signals, self.environ)
+        return leaving.leave(asked=asked, beat=self._beat)
+
+    def _watched(self) -> Deadman | None:
+        """What ends a machine that costs when this process hangs; None where nothing is to be ended, or without a limit."""
+        act, limit = last_resort(self.orders, self.environ), limit_s(self.bounds)
+        if act is None or self.place.rank > 0 or limit == float("inf"):
+            return None
+        save_s = self.bounds.save_s
+        end_at = self.bounds.began + limit + 2 * save_s + STILL_S
+        deadman = Deadman(end_at, self.clock.now, act, still_s=save_s + STILL_S)
+        self.signals.on_wait = deadman.beat
+        deadman.start()
+        return deadman
 
     # ---- the stages
 
@@ -218,7 +237,11 @@ class Supervisor:
         if (verdict := self._judge(Facts(), step.stage)) != GO_ON:
             return verdict
         self.journal.say(f"{step.stage}: {shlex.join(step.command)}")
-        child = self._start(step.command)
+        try:
+            child = self._start(step.command)
+        except OSError as error:  # such as a machine without a process or memory left, for now
+            reason = f"{step.stage} cannot be started: {error.strerror or error}"
+            return Verdict("again" if step.stage in ("train", "release", "sync") else "failed", reason)
         progress = Progress(self.place.run) if step.stage == "train" else None
         following = self._following() if progress is not None else None
         try:
@@ -316,8 +339,9 @@ class Supervisor:
         saved = f"step {self.state.saved_step} is saved" if self.state.saved_step else "no step is saved"
         reason = "; ".join(part for part in (verdict.reason, saved) if part)
         code = self.state.exit_code if outcome == "failed" else None
-        # a signal that has ended the training is answered with this: the next one ends what comes after
-        self.signals.asked = False
+        if verdict.kind == "stop":
+            # the signal that has ended the training is answered with this: the next one ends what comes after
+            self.signals.asked = False
         self.journal.change(outcome=outcome, reason=reason, exit_code=code)
         self.journal.say(f"the training is over: {outcome}: {reason}")
 
@@ -331,65 +355,3 @@ class Supervisor:
             exit_code=self.state.exit_code or ExitCode.INTERNAL,
         )
         self.journal.say(what)
-
-    # ---- the end
-
-    def _end(self) -> int:
-        """End the machine as it was ordered, and return the exit code of this process."""
-        code = _exit_code(self.state)
-        asked = is_asked(self.job.stop_request, self._answered)
-        if self.state.stage != "ended":
-            self._enter("end")
-        if self.state.outcome == "stopped" and not asked:
-            # whoever has sent the signal ends the machine, or starts this again
-            self._enter("ended")
-            return code
-        action = self._action(asked)
-        machine = self.orders.ender
-        if machine == "runpod" and action != "keep" and self.place.rank == 0:
-            while self._ask(lambda: ending.ask_runpod(action, self.environ)):
-                if self.signals.sleep(ASK_AGAIN_S):
-                    break
-                self.journal.say("the machine has agreed to end, and is still there")
-            return code
-        if machine == "command" and action != "keep" and self.place.rank == 0 and self.orders.end_command:
-            self._ask(lambda: ending.run_end_command(self.orders.end_command, self.environ))
-            return code
-        self._enter("ended")
-        if machine == "runpod":  # it would be started again
-            self.journal.say("this container waits until its machine is ended")
-            while not self.signals.sleep(HOUR_S):
-                self._beat()
-        return code
-
-    def _action(self, asked: bool) -> ending.Action:
-        if asked and self.state.outcome == "stopped":
-            return "stop"  # to go on from there, whatever is to become of the machine at the end
-        if self.state.incomplete and self.orders.machine == "terminate":
-            self.journal.say(
-                "the machine is stopped and not terminated: its disk holds what is not elsewhere"
-            )
-            return "stop"
-        return self.orders.machine
-
-    def _ask(self, attempt: Callable[[], ending.Answer]) -> bool:
-        reason = self.state.reason
-
-        def say(text: str) -> None:
-            self.journal.say(text)
-            self.journal.change(reason="; ".join(part for part in (reason, text) if part))
-
-        if not ending.keep_asking(attempt, say, self.signals.sleep, self.orders.guard_every_s):
-            return False
-        self.journal.change(reason=reason, machine_ended=True, stage="ended")
-        return True
-
-
-def _exit_code(state: PodState) -> int:
-    if state.outcome == "stopped":
-        return ExitCode.STOPPED
-    if state.outcome == "done" and not state.incomplete:
-        return ExitCode.DONE
-    if state.exit_code in NEVER_AGAIN:
-        return state.exit_code
-    return ExitCode.ENVIRONMENT

@@ -152,6 +152,7 @@ BASE = {
         ("runpod", "image: host:5000/thing", "`latest` is another image tomorrow"),
         ("runpod", "root: /tmp/x", "erased with the machine"),
         ("kubernetes", "root: /root", "erased with the machine"),
+        ("runpod", "root: /var/tmp/x", "erased with the machine"),
         ("runpod", "root: relative", "erased with the machine"),
         ("runpod", "env: {HF_TOKEN: hello}", "env.HF_TOKEN looks like a secret"),
         ("runpod", "env: {PLAIN: hf_abcdefghijklmnopqrstuvwxyz}", "env.PLAIN looks like a secret"),

@@ -131,7 +131,7 @@ def test_what_the_job_needs_is_copied_and_compared(job: Job, tmp_path: Path) -> 
 
 def test_secrets_come_from_here_and_are_written_nowhere(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     target, (what, record) = LocalTarget(), asked(job.root, {"secrets": {"HF_TOKEN": "MY_TOKEN"}})
-    with pytest.raises(EnvironmentFault, match="MY_TOKEN: not set here"):
+    with pytest.raises(EnvironmentFault, match="MY_TOKEN: not set here, or empty"):
         target.up(what, record, quiet)
     monkeypatch.setenv("MY_TOKEN", KEY)
     assert KEY not in json.dumps(target.request(what, record))
@@ -151,6 +151,9 @@ def test_a_job_that_no_record_knows_is_a_stray(job: Job) -> None:
     record = target.up(what, record, quiet)
     assert target.strays([record]) == []
     forget_record(record.name)
+    with pytest.MonkeyPatch.context() as another:
+        another.setenv("TRAINWAY_HOME", str(job.root / "another"))
+        assert target.strays([]) == []  # a job of another home is none of ours
     (stray,) = target.strays([])
     assert (stray.id, stray.why) == (record.remote_name, "no job of this machine is called so")
     target.end_stray(stray)
@@ -164,3 +167,16 @@ def test_a_supervisor_that_ends_at_once_is_an_error(job: Job, monkeypatch: pytes
     with pytest.raises(EnvironmentFault, match="exit code 2") as raised:
         target.up(what, record, quiet)
     assert raised.value.why == "error: so"
+
+
+def test_a_supervisor_that_never_takes_up_its_orders_is_given_up_and_ended(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_command", lambda d: [sys.executable, "-c", "import time; time.sleep(3600)"])
+    target, (what, record) = LocalTarget(), asked(job.root, limits={"start_minutes": 0.001})
+    with pytest.raises(
+        EnvironmentFault, match=r"^the supervisor of node 0 has not come within 0.001 minutes"
+    ) as raised:
+        target.up(what, record, quiet)
+    assert raised.value.fix.startswith("it is ended; see ")
+    assert find_all(lambda environ: environ.get(NAME_MARK) == record.remote_name) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from tests.sshd import Server, needs_sshd, new_server, plain_environment
 from trainway.config.schema import RunConfig
 from trainway.errors import ConfigError, DataError, EnvironmentFault
+from trainway.jobs import ssh
 from trainway.jobs.orders import JobDir, Orders
 from trainway.jobs.record import Record, new_record, records_dir, save_record
 from trainway.jobs.shell.command import Address
@@ -62,6 +64,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     needs_sshd()
     monkeypatch.setenv("TRAINWAY_HOME", str(tmp_path / "known"))
     monkeypatch.setenv("TEST_CANARY", CANARY)
+    monkeypatch.setattr(ssh, "LOOK_S", 0.1)
+    monkeypatch.setattr(ssh, "KILL_LOOKS", 300)
     made = new_server(tmp_path / "sshd", plain_environment(tmp_path / "home"))
     made.start()
     install(tmp_path / "home" / "trainway", "trainway==9")
@@ -178,6 +182,7 @@ def end(record: Record) -> None:
         subprocess.run(["kill", "-9", str(one["pid"])], check=False)
 
 
+@pytest.mark.slow  # the stray above is ended in the same way
 def test_down_kills_what_the_supervisor_leaves(server: Server, tmp_path: Path) -> None:
     target, record, said = SshTarget(), new(), cast(list[str], [])
     try:
@@ -185,6 +190,45 @@ def test_down_kills_what_the_supervisor_leaves(server: Server, tmp_path: Path) -
         record = target.stop(record, said.append)
         assert "1 processes are left" in target.status(record).detail
         target.down(record, said.append)
+        assert processes(record.remote_name) == []
+    finally:
+        end(record)
+
+
+@pytest.mark.parametrize("inputs", [pytest.param((), marks=pytest.mark.slow), ("orphan",)])
+def test_a_stray_there_is_asked_to_save_and_ends_with_all_that_it_has_started(
+    server: Server, tmp_path: Path, inputs: tuple[str, ...]
+) -> None:
+    target, record, said = SshTarget(), new(), cast(list[str], [])
+    try:
+        record = target.up(make_job(tmp_path / "project", server, inputs=inputs), record, said.append)
+        save_record(known := Record(**{**record.__dict__, "phase": "ended"}))
+        (stray,) = [found for found in target.strays([known]) if found.name == record.remote_name]
+        assert (stray.id, stray.why) == (f"{record.remote_name}@try", "its job has ended")
+        target.end_stray(stray)
+        assert processes(record.remote_name) == []
+        state = json.loads(JobDir.of(tmp_path / "home" / "trainway", "try").state.read_text())
+        assert state["outcome"] == "stopped"  # asked, and not killed
+        assert record.remote_name not in [found.name for found in target.strays([known])]
+    finally:
+        end(record)
+
+
+def test_a_stray_that_does_not_end_in_time_is_killed(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, record = SshTarget(), new()
+    try:
+        record = target.up(make_job(tmp_path / "project", server), record, lambda line: None)
+        save_record(known := Record(**{**record.__dict__, "place": {**record.place, "save_s": 0.0}}))
+        [pid] = supervisors(record)
+        os.kill(pid, signal.SIGSTOP)  # deaf
+        (stray,) = [
+            s
+            for s in target.strays([Record(**{**known.__dict__, "token": "0" * 8})])
+            if s.name == record.remote_name
+        ]
+        target.end_stray(stray)
         assert processes(record.remote_name) == []
     finally:
         end(record)
@@ -233,7 +277,7 @@ def test_the_request_needs_no_machine_and_has_no_secret(
     assert asked["command"][1:] == ["-m", "trainway.pod", "~/trainway/jobs/try/orders.json"]
     assert asked["upload"] == [{"from": str(tmp_path / "project" / "data"), "to": "~/trainway/data"}]
     assert asked["install"] == [["trainway==9"]] and asked["secrets"] == ["HF_TOKEN"]
-    with pytest.raises(ConfigError, match="HF_TOKEN: the secret is not set here"):
+    with pytest.raises(EnvironmentFault, match="TEST_CANARY: not set here, or empty"):
         SshTarget().up(job, record, lambda line: None)
     # a job that no machine has ever seen can be ended
     assert SshTarget().down(record, lambda line: None).phase == "ended"

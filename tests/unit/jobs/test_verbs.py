@@ -186,9 +186,12 @@ def test_a_secret_that_is_not_set_here_stops_it_before_anything(
 ) -> None:
     job.write_text(job.read_text() + "secrets: {WANDB_API_KEY: MY_KEY}\n")
     monkeypatch.delenv("MY_KEY", raising=False)
-    with pytest.raises(EnvironmentFault, match="MY_KEY is not set"):
-        up(job)
-    assert list_records() == [] and target.machines == {}
+    for value in (None, ""):
+        if value is not None:
+            monkeypatch.setenv("MY_KEY", value)
+        with pytest.raises(EnvironmentFault, match="MY_KEY: not set here, or empty"):
+            up(job)
+        assert list_records() == [] and target.machines == {}
     monkeypatch.setenv("MY_KEY", "canary-0123456789")
     record = up(job)
     assert record is not None

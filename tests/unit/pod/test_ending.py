@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -91,3 +94,67 @@ def test_a_command_ends_the_machine_or_says_why_not(tmp_path: Path) -> None:
     assert run("true") == Answer(True, "true has ended the machine")
     assert run("sh", "-c", "echo so >&2; exit 3").what == "sh ended with exit code 3: so"
     assert not run(str(tmp_path / "nothing")).ended
+
+
+def answering(raw: bytes) -> Iterator[str]:
+    """A server that answers every request with these bytes and hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            while True:
+                try:
+                    line, _ = listening.accept()
+                except OSError:
+                    return
+                with line:
+                    line.recv(1 << 16)
+                    line.sendall(raw)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+DEEP = b"[" * 60_000
+GARBAGE = {
+    "cut within the body": b"HTTP/1.1 500 No\r\nContent-Length: 9999\r\n\r\n{",
+    "nested without end": b"HTTP/1.1 409 No\r\nContent-Length: %d\r\n\r\n" % len(DEEP) + DEEP,
+    "a broken chunk": b"HTTP/1.1 503 No\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "no HTTP": b"\x00\xff\x16\x03 <html>$(touch x);'\r\n\r\n",
+    "nothing": b"",
+    "a wait of for ever": b"HTTP/1.1 429 No\r\nRetry-After: " + b"9" * 400 + b"\r\nContent-Length: 0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("raw", GARBAGE.values(), ids=GARBAGE.keys())
+@pytest.mark.parametrize("action", ["stop", "terminate"])
+def test_an_answer_that_is_garbage_is_a_failure_and_asked_again(
+    raw: bytes, action: Literal["stop", "terminate"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for address in answering(raw):
+        answer = ask_runpod(action, environ(address))
+        assert not answer.ended and KEY not in answer.what
+        assert answer.wait_s is None or answer.wait_s <= 300
+
+
+def test_whatever_an_attempt_raises_the_machine_is_asked_again() -> None:
+    tries = 0
+
+    def attempt() -> Answer:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise RecursionError
+        return Answer(True, "gone")
+
+    said: list[str] = []
+    assert keep_asking(attempt, said.append, lambda seconds: False, 10.0)
+    assert said[0].endswith("(attempt 1): failed: RecursionError; again in 10 s")
+
+
+def test_a_terminate_that_finds_no_machine_is_followed_by_a_delete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine is there, or nobody would ask: a 404 is a name or a path that the server does not know any more."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with runpod(lambda number, method, path: 404 if method == "POST" else 204) as (address, requests):
+        assert ask_runpod("terminate", environ(address)).what == "RunPod has agreed: DELETE /v2/pods/p1 204"
+        assert [method for method, _, _ in requests] == ["POST", "DELETE"]

@@ -69,6 +69,30 @@ def test_a_damaged_state_is_put_aside(tmp_path: Path) -> None:
     assert job_dir.state.with_name("state.json.damaged").exists()
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 300, b'{"job": "try"', b'{"job": "try", "began": NaN}', b"[" * 9999]
+)
+def test_limits_hold_over_a_damaged_state(tmp_path: Path, content: bytes) -> None:
+    job_dir = make_place(orders_for(tmp_path), 0, {})
+    job_dir.state.write_bytes(content)
+    job_dir.log.write_text(
+        "what sshd said\n[JOB] 1970-01-01T00:01:40Z try: node 0\n[JOB] 1970-01-01T00:20:00Z x\n"
+    )
+    found, _ = load_state(job_dir, job_dir.stop_request, orders_for(tmp_path), 5000.0)
+    assert (found.began, found.outcome) == (100.0, None)
+    job_dir.state.write_bytes(content)
+    job_dir.log.write_text("[JOB] 9999-99-99T00:01:40Z no time\n")
+    assert load_state(job_dir, job_dir.stop_request, orders_for(tmp_path), 5000.0)[0].began == 5000.0
+
+
+@pytest.mark.parametrize("now", [1000.0, 350.0, 120.0, -1e9])
+def test_a_clock_that_is_set_back_gives_no_time_back(now: float) -> None:
+    fresh = FRESH.model_copy(update={"began": now, "updated": now})
+    found = resumed(state(), fresh, stop_asked=False)
+    assert now - found.began >= 300.0  # what had been used up
+    assert found.began == min(100.0, now - 300.0)
+
+
 def test_a_rented_machine_without_its_volume_is_refused(tmp_path: Path) -> None:
     orders = orders_for(tmp_path / "volume")
     with pytest.raises(EnvironmentFault, match="no directory"):

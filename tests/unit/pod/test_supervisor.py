@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -80,7 +81,7 @@ def test_crashes_without_a_saved_step_are_bounded(job: Job) -> None:
     assert job.verbs.count("train") == 3
 
 
-@pytest.mark.parametrize("code", [2, 3])
+@pytest.mark.parametrize("code", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_fault_of_the_users_is_not_tried_again(job: Job, code: int) -> None:
     job.tell("train", die_at=[0, code])
     assert job.run(orders_for(job.root)) == code
@@ -133,6 +134,7 @@ def test_a_training_that_stands_still_is_ended_and_killed(job: Job) -> None:
     assert "train has not ended in time, and is killed" in job.log
 
 
+@pytest.mark.slow  # a training that hangs is proved above; e2e/test_pod.py stops a real one
 def test_a_stopped_process_is_a_stall_too(job: Job) -> None:
     job.tell("train", step_s=0.05, hang_at=19)
     process = job.start(orders_for(job.root))
@@ -144,7 +146,9 @@ def test_a_stopped_process_is_a_stall_too(job: Job) -> None:
     assert job.state.outcome == "stalled"
 
 
-@pytest.mark.parametrize("limits", [{"hours": 1.0}, {"hours": None, "dollars": 6.0}])
+@pytest.mark.parametrize(
+    "limits", [{"hours": 1.0}, pytest.param({"hours": None, "dollars": 6.0}, marks=pytest.mark.slow)]
+)
 def test_a_limit_saves_and_ends(job: Job, limits: dict[str, float]) -> None:
     job.tell("train", step_s=0.1, hang_at=19, once=True)
     orders = orders_for(job.root, limits=limits, dollars_per_hour=6.0)
@@ -160,6 +164,7 @@ def test_a_limit_saves_and_ends(job: Job, limits: dict[str, float]) -> None:
     assert job.verbs.count("train") == 1
 
 
+@pytest.mark.slow  # killing the deaf is proved by a stall above, limits by the test before
 def test_a_limit_holds_for_a_training_that_hears_nothing(job: Job) -> None:
     job.tell("train", hang_at=2, deaf=True)
     process = job.start(orders_for(job.root, limits={"save_minutes": 0.02}))
@@ -196,6 +201,7 @@ def test_a_supervisor_that_is_killed_leaves_a_training_that_saves_and_ends(job: 
     assert job.state.began == began
 
 
+@pytest.mark.slow  # the lock itself has tests of its own
 def test_a_second_supervisor_is_refused(job: Job) -> None:
     job.tell("train", step_s=2)
     process = job.start(orders_for(job.root))
@@ -240,13 +246,14 @@ def test_runpod_is_asked_until_it_agrees_and_then_again_instead_of_training(job:
 
         calls = len(job.calls)
         process = job.start(orders, **environ)
-        until(lambda: len(requests) == 4)
+        until(lambda: len(requests) == 5)  # a POST and a DELETE
         until(lambda: "is gone" in job.log)
         assert end(process) == 0
         assert len(job.calls) == calls
     assert KEY not in job.log + job.dir.state.read_text() + json.dumps(job.calls)
 
 
+@pytest.mark.slow  # as test_ending.py has it, through the whole supervisor
 def test_a_refused_terminate_becomes_a_delete(job: Job) -> None:
     with runpod(lambda number, method, path: 409 if method == "POST" else 204) as (address, requests):
         environ = {"TRAINWAY_RUNPOD_API": f"{address}/v2", "RUNPOD_POD_ID": "p1", "RUNPOD_API_KEY": KEY}
@@ -258,6 +265,27 @@ def test_a_refused_terminate_becomes_a_delete(job: Job) -> None:
         assert end(process) == 0
 
 
+def test_a_supervisor_that_hangs_on_its_volume_is_ended_without_it(job: Job) -> None:
+    """A fifo in the place of the run's record: whoever opens it waits for ever, as on a volume that does not answer."""
+    job.tell("train", step_s=0.1)
+    with runpod(lambda number, method, path: 200) as (address, requests):
+        environ = {"TRAINWAY_RUNPOD_API": f"{address}/v2", "RUNPOD_POD_ID": "p1", "RUNPOD_API_KEY": KEY}
+        process = job.start(orders_for(job.root, ender="runpod", limits={"save_minutes": 0.1}), **environ)
+        until(lambda: len(job.steps) >= 2)
+        record = job.root / "runs" / "try" / "metrics.jsonl"
+        os.mkfifo(job.root / "fifo")
+        os.replace(job.root / "fifo", record)
+        job.let_pass(3600)  # the supervisor would act by itself
+        time.sleep(1)
+        assert requests == []
+        job.let_pass(3600 + 720)
+        until(lambda: len(requests) == 1)
+        assert [body for _, _, body in requests] == ['{"action": "stop"}']
+        process.kill()
+        until(lambda: not find_all(lambda environ: environ.get(JOB_MARK) == str(job.dir.path)))
+
+
+@pytest.mark.slow  # as test_ending.py has it, through the whole supervisor
 def test_a_cluster_is_deleted_and_an_api_that_is_gone_is_asked_on(job: Job) -> None:
     with runpod(lambda number, method, path: 204) as (address, requests):
         pass
@@ -269,6 +297,27 @@ def test_a_cluster_is_deleted_and_an_api_that_is_gone_is_asked_on(job: Job) -> N
     assert not job.state.machine_ended
     assert end(process) == 0
     assert requests == []
+
+
+def test_a_pod_ends_only_after_its_release_to_the_hub_is_complete(job: Job) -> None:
+    job.tell("release", code=4, once=True)  # broken off; the same words complete it
+    seen: list[list[str]] = []
+
+    def answer(number: int, method: str, path: str) -> int:
+        seen.append(job.verbs)
+        return 200
+
+    with runpod(answer) as (address, requests):
+        environ = {"TRAINWAY_RUNPOD_API": f"{address}/v2", "RUNPOD_POD_ID": "p1", "RUNPOD_API_KEY": KEY}
+        orders = orders_for(job.root, ender="runpod", release={"to": "hf://ada/model", "tag": "v2"})
+        process = job.start(orders, **environ)
+        until(lambda: job.dir.state.exists() and job.state.machine_ended)
+        assert [body for _, _, body in requests] == ['{"action": "terminate"}']
+        assert end(process) == 0
+    assert seen == [["doctor", "prepare", "train", "release", "release"]]
+    assert job.calls[3]["words"] == job.calls[4]["words"]
+    assert job.calls[3]["words"][2:] == ["--repo", "ada/model", "--tag", "v2", "--which", "latest"]
+    assert not job.state.incomplete
 
 
 def test_a_pod_whose_release_is_missing_is_stopped_and_not_terminated(job: Job) -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from trainway.errors import ConfigError, EnvironmentFault
 
@@ -27,6 +27,8 @@ READ_TRIES = 3
 """Of a question, when the connection breaks."""
 TIMEOUT_S = (10, 60)
 """For a connection, and for an answer."""
+SILENCE_S = 120
+"""A followed log that says nothing for so long is asked for anew: a connection may die without a word."""
 MERGE_PATCH = "application/merge-patch+json"
 
 
@@ -40,6 +42,10 @@ class Exists(Exception):
 
 class ConnectionCut(Exception):
     """The answer ended before its end."""
+
+
+class Silence(Exception):
+    """Nothing has come for so long that the connection may be dead."""
 
 
 class Cluster:
@@ -102,7 +108,8 @@ class Cluster:
     ) -> Iterator[bytes]:
         """What the container prints, each line behind its time; as it comes.
 
-        Raises ConnectionCut when the connection breaks, NotFound when there is nothing to read yet or any more.
+        Raises ConnectionCut when the connection breaks, Silence when nothing has come for SILENCE_S, NotFound when there
+        is nothing to read yet or any more.
         """
         query: dict[str, str] = {"container": container, "timestamps": "true"}
         query |= {"follow": "true"} if follow else {}
@@ -111,13 +118,15 @@ class Cluster:
         path = f"{self._path('Pod', pod)}/log"
         import urllib3
 
-        try:  # a log may be silent for hours
-            response = self._send("GET", path, query=query, timeout=(TIMEOUT_S[0], None))
+        try:
+            response = self._send("GET", path, query=query, timeout=(TIMEOUT_S[0], SILENCE_S))
         except ConfigError as error:  # 400: the container has not begun
             raise NotFound(error.why) from error
         raw = response.response
         try:
             yield from raw.stream(1 << 16, decode_content=True)
+        except urllib3.exceptions.ReadTimeoutError as error:
+            raise Silence from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise ConnectionCut(str(error)) from error
         finally:
@@ -238,12 +247,36 @@ def refusal(method: str, path: str, status: int, body: bytes) -> Exception:
         return ConfigError(
             what, message, "correct the job file; `trainway up --dry-run` shows what would be sent"
         )
-    if status in (401, 403):
-        fix = "log in again" if status == 401 else "ask for this right in the namespace (docs/kubernetes.md)"
-        return EnvironmentFault(what, message or f"status {status}", fix)
+    if status == 401:
+        return EnvironmentFault(what, message or f"status {status}", "log in again")
+    if status == 403:
+        return EnvironmentFault(
+            what, message or f"status {status}", f"ask for the right to {right(method, path)} (docs/kubernetes.md)"
+        )  # fmt: skip
     return EnvironmentFault(
         what, f"status {status}: {message}", "try again; the same command goes on from here"
     )
+
+
+def right(method: str, path: str) -> str:
+    """What a role has to allow for this request, as `kubectl auth can-i` is asked: `create jobs.batch in training`."""
+    group, _, rest = path.removeprefix("/apis/").removeprefix("/api/").partition("/")
+    parts = rest.split("/")
+    if path.startswith("/apis/"):
+        parts = parts[1:]  # its version
+    where = "all namespaces"
+    if parts[:1] == ["namespaces"] and len(parts) > 2:
+        where, parts = unquote(parts[1]), parts[2:]
+    resource = parts[0] + (f".{group}" if path.startswith("/apis/") else "")
+    if len(parts) > 2:
+        resource += f"/{parts[2]}"
+    verbs = {
+        "GET": "get" if len(parts) > 1 else "list",
+        "POST": "create",
+        "PATCH": "patch",
+        "DELETE": "delete",
+    }
+    return f"{verbs.get(method, method.lower())} {resource} in {where}"
 
 
 def _has_labels(item: Object, labels: str) -> bool:

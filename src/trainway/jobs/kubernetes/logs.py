@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 
 from trainway.errors import EnvironmentFault, UserError
-from trainway.jobs.kubernetes.cluster import Cluster, ConnectionCut, NotFound, Object
+from trainway.jobs.kubernetes.cluster import Cluster, ConnectionCut, NotFound, Object, Silence
 from trainway.jobs.kubernetes.names import CONTAINER, ROLE, selector
 from trainway.jobs.kubernetes.states import has_ended, pod_index, timestamp
 
@@ -69,9 +69,12 @@ def _second(text: bytes) -> int | None:
 
 
 def pod_log(
-    cluster: Cluster, pod: str, *, follow: bool, tail: int | None, wait: Wait = time.sleep
+    cluster: Cluster, pod: str, *, follow: bool, tail: int | None, uid: str = "", wait: Wait = time.sleep
 ) -> Iterator[str]:
-    """What a pod prints, to its end when followed. Raises EnvironmentFault when the connection is cut again and again."""
+    """What a pod prints, to its end when followed. Raises EnvironmentFault when the connection is cut again and again.
+
+    uid: of this pod; another one of its name, as a StatefulSet makes it, is another pod.
+    """
     seen = Seen()
     ended, cuts = not follow, 0
     while True:
@@ -89,16 +92,19 @@ def pod_log(
         except NotFound:
             if ended:
                 return
-        except (ConnectionCut, EnvironmentFault) as error:
-            cuts += 1
-            if cuts > MOST_CUTS:
-                raise EnvironmentFault(
-                    f"the log of {pod} breaks off again and again", str(error), "see to the network, then try again"
-                ) from error  # fmt: skip
-            wait(min(2.0**cuts, 30.0))
-            continue
+        except (ConnectionCut, Silence, EnvironmentFault) as error:
+            if ended or not isinstance(error, Silence):  # a pod that runs may say nothing for hours
+                cuts += 1
+                if cuts > MOST_CUTS:
+                    raise EnvironmentFault(
+                        f"the log of {pod} breaks off again and again", str(error), "see to the network, then try again"
+                    ) from error  # fmt: skip
+                wait(min(2.0**cuts, 30.0))
+                continue
         state = cluster.find("Pod", pod)
         # once more without following: the last line may have no end, and what was written after the cut is there
+        if state is not None and uid and state["metadata"].get("uid") != uid:
+            return  # another one of its name: what this one said went with it
         ended = state is None or has_ended(state)
         if not ended:
             wait(POLL_S)
@@ -134,16 +140,16 @@ def job_log(
                 yield _prefix(pod, nodes) + line
         return
     lines: queue.SimpleQueue[str | UserError | None] = queue.SimpleQueue()
-    known: set[str] = set()
+    known: set[tuple[str, str]] = set()
     reading = 0
     while True:
         over = is_over()  # asked before the pods: what they said until then is read
         for pod in _pods(cluster, token):
-            name = pod["metadata"]["name"]
-            if name not in known:
-                known.add(name)
+            name, uid = pod["metadata"]["name"], pod["metadata"].get("uid", "")
+            if (name, uid) not in known:
+                known.add((name, uid))
                 reading += 1
-                work = (cluster, name, _prefix(pod, nodes), tail, wait, lines)
+                work = (cluster, name, uid, _prefix(pod, nodes), tail, wait, lines)
                 threading.Thread(target=_read, args=work, daemon=True).start()
         if over and not reading:
             return
@@ -164,13 +170,14 @@ def job_log(
 def _read(
     cluster: Cluster,
     pod: str,
+    uid: str,
     prefix: str,
     tail: int | None,
     wait: Wait,
     lines: queue.SimpleQueue[str | UserError | None],
 ) -> None:
     try:
-        for line in pod_log(cluster, pod, follow=True, tail=tail, wait=wait):
+        for line in pod_log(cluster, pod, follow=True, tail=tail, uid=uid, wait=wait):
             lines.put(prefix + line)
     except UserError as error:
         lines.put(error)

@@ -90,6 +90,18 @@ def check(job: Job) -> None:
             "a pod runs without root on a file system that cannot be written: Trainway must be in the image",
             "build one (docs/kubernetes.md) and name it: `image: REGISTRY/trainway:TAG`",
         )
+    if spec.source != ".":
+        raise ConfigError(
+            f"source is {spec.source}, and the target is kubernetes",
+            "nothing is installed in a pod: Trainway is what its image holds",
+            "take it out, and build the image from that source (docs/kubernetes.md)",
+        )
+    if spec.limits.save_minutes * 60 > kube.grace_s:
+        raise ConfigError(
+            f"limits.save_minutes is {spec.limits.save_minutes:g}, and kubernetes.grace_s is {kube.grace_s}",
+            "the cluster would kill the pod while it saves",
+            f"set kubernetes.grace_s to {seconds(spec.limits.save_minutes * 60) + 120}, or save_minutes lower",
+        )
     for name, text in spec.secrets.items():
         if secret_reference(text) is None:
             raise ConfigError(
@@ -129,7 +141,13 @@ def check(job: Job) -> None:
             "/dev/shm is part of the pod's memory",
             "make shm smaller, or memory larger",
         )
-    quantity(kube.cpu, "kubernetes.cpu")
+    cores = quantity(kube.cpu, "kubernetes.cpu")
+    if kube.cpu_limit is not None and quantity(kube.cpu_limit, "kubernetes.cpu_limit") < cores:
+        raise ConfigError(
+            f"kubernetes.cpu_limit is {kube.cpu_limit}, and kubernetes.cpu is {kube.cpu}",
+            "a pod cannot ask for more than it may use",
+            "make cpu_limit larger, or cpu smaller",
+        )
 
 
 _POWERS = {"": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18, "m": -3}
@@ -160,7 +178,8 @@ def _notes(job: Job) -> list[str]:
     if kube.infiniband:
         notes.append(
             "InfiniBand: the nodes' container runtime must allow locked memory without limit (LimitMEMLOCK=infinity); "
-            "a process that is not root gets nothing from IPC_LOCK alone"
+            "a process that is not root gets nothing from IPC_LOCK alone; a namespace of the Pod Security Standard "
+            "`restricted` refuses IPC_LOCK"
         )
     return notes
 
@@ -169,7 +188,7 @@ def _object(api: str, kind: str, name: str, job: Job, names: Names, role: Role |
     metadata: Manifest = {
         "name": name,
         "namespace": job.spec.kubernetes.namespace,
-        "labels": names.labels(role),
+        "labels": names.own_labels(role),
     }
     return {"apiVersion": api, "kind": kind, "metadata": metadata}
 

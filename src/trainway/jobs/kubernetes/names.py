@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from trainway.jobs.origin import UNKNOWN, known_origin
 from trainway.jobs.record import Record
 
 Role = Literal["train", "prepare", "upload"]
@@ -14,6 +15,8 @@ Role = Literal["train", "prepare", "upload"]
 MANAGED_BY = "app.kubernetes.io/managed-by"
 JOB = "trainway/job"
 TOKEN = "trainway/token"
+ORIGIN = "trainway/origin"
+"""Whose job it is: others' in the same cluster are left alone."""
 ROLE = "trainway/role"
 PRICE = "trainway/dollars-per-hour"
 """An annotation: what all machines of the job cost together."""
@@ -74,6 +77,10 @@ class Names:
     def labels(self, role: Role | None = None) -> dict[str, str]:
         found = {MANAGED_BY: "trainway", JOB: self.job, TOKEN: self.token}
         return {**found, ROLE: role} if role else found
+
+    def own_labels(self, role: Role | None = None) -> dict[str, str]:
+        """Of an object that is nobody's part, with the mark of whoever makes it; nothing is selected by that."""
+        return {**self.labels(role), ORIGIN: known_origin() or UNKNOWN}
 
 
 def selector(token: str, role: Role | None = None) -> str:

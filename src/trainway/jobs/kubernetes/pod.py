@@ -9,6 +9,7 @@ from typing import Any
 from trainway.config.mixes import train_sources
 from trainway.config.rules import is_local
 from trainway.data.hub_sources import hub_source
+from trainway.jobs.hub import hub_repository
 from trainway.jobs.kubernetes.names import (
     CONFIG_FILE,
     CONTAINER,
@@ -73,7 +74,9 @@ def pod_spec(job: Job, names: Names, role: Role, claim: str | None) -> Manifest:
     }
     if role == "train" and kube.kind != "jobset":  # a JobSet has a Service of its own
         spec["subdomain"] = names.base
-    if kube.node_selector and role == "train":
+    # a new volume is made where its first pod is, and often cannot be mounted from another zone
+    makes_volume = role == "upload" and job.spec.volume.size_gb is not None
+    if kube.node_selector and (role == "train" or makes_volume):
         spec["nodeSelector"] = dict(kube.node_selector)
     if kube.tolerations:
         spec["tolerations"] = [dict(toleration) for toleration in kube.tolerations]
@@ -130,22 +133,31 @@ def _container(job: Job, names: Names, role: Role) -> Manifest:
 
 
 def resources(job: Job, role: Role) -> Manifest:
-    """Requests and limits as strings. Cores have no limit: a pod held back while others idle helps nobody."""
+    """Requests and limits as strings. Cores have no limit, unless the namespace's quota asks for one: a pod held back while
+    others idle helps nobody."""
     kube = job.spec.kubernetes
     if role == "upload":
-        return {"requests": {"cpu": "250m", "memory": "512Mi"}, "limits": {"memory": "512Mi"}}
+        most = {"memory": "512Mi"} | ({"cpu": "250m"} if kube.cpu_limit else {})
+        return {"requests": {"cpu": "250m", "memory": "512Mi"}, "limits": most}
     both = {"memory": kube.memory}
     gpu = chosen_gpu(job)
     if role == "train":
         both |= {kube.gpu_resource: str(gpu.count)} if gpu else {}
         both |= {"rdma/hca": "1"} if kube.infiniband else {}
-    return {"requests": {"cpu": kube.cpu, **both}, "limits": both}
+    return {
+        "requests": {"cpu": kube.cpu, **both},
+        "limits": both | ({"cpu": kube.cpu_limit} if kube.cpu_limit else {}),
+    }
 
 
 def environment(job: Job, names: Names, role: Role) -> list[Manifest]:
     """The container's variables: the user's own win over ours. Secret values are references."""
     values = _own_variables(job) | (_meeting(job, names) if role == "train" else {}) | job.spec.env
-    found: list[Manifest] = [{"name": name, "value": literal(value)} for name, value in values.items()]
+    found: list[Manifest] = [
+        {"name": name, "value": literal(value)}
+        for name, value in values.items()
+        if name not in job.spec.secrets  # of two of one name the API takes the last, or refuses both
+    ]
     if role == "upload":  # it runs nothing of the user's
         return found
     if role == "train" and job.spec.kubernetes.kind == "statefulset" and job.spec.nodes > 1:
@@ -189,7 +201,7 @@ def is_offline(job: Job) -> bool:
     Then the Hub's libraries are told so, and a slow or blocked network cannot hold the run up. In doubt it is not.
     """
     config = job.config
-    if config.recipe == "gad" or config.release.push_to_hub:
+    if config.recipe == "gad" or config.release.push_to_hub or hub_repository(job.orders.release.to):
         return False
     if any(path is not None and not is_local(path) for path in (config.model.path, config.tokenizer.path)):
         return False

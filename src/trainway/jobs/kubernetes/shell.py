@@ -95,6 +95,13 @@ def tunnel(cluster: Cluster, pod: str, ports: Mapping[int, int], say: Say) -> in
     return 0
 
 
+def _cure(said: str, way: str, cluster: Cluster) -> str:
+    if "403" in said or "Forbidden" in said:
+        # which of the two is asked for depends on the cluster's version
+        return f"ask for the right to get and create pods/{way} in {cluster.namespace} (docs/kubernetes.md)"
+    return "log in again" if "401" in said else "see `trainway status`: it has to run"
+
+
 def _open(cluster: Cluster, pod: str, command: Sequence[str], *, stdin: bool, tty: bool) -> Any:
     from kubernetes import client, stream
     from kubernetes.client.exceptions import ApiException
@@ -116,9 +123,9 @@ def _open(cluster: Cluster, pod: str, command: Sequence[str], *, stdin: bool, tt
             _preload_content=False,
         )
     except ApiException as error:
-        raise EnvironmentFault(
-            f"cannot get into the pod {pod}", f"{error.reason}".strip(), "see `trainway status`: it has to run"
-        ) from error  # fmt: skip
+        # of the answer its first words alone: behind them are headers
+        said = str(error.reason).strip().partition("-+-+-")[0].strip()
+        raise EnvironmentFault(f"cannot get into the pod {pod}", said, _cure(said, "exec", cluster)) from None
 
 
 @contextmanager
@@ -212,7 +219,8 @@ def _forward(cluster: Cluster, pod: str, here: socket.socket, there: int, say: S
             api.connect_get_namespaced_pod_portforward, pod, cluster.namespace, ports=str(there)
         )
     except ApiException as error:
-        say(f"port {there}: {error.reason}")
+        said = str(error.reason).strip().partition("-+-+-")[0].strip()
+        say(f"port {there}: {said}; {_cure(said, 'portforward', cluster)}")
         here.close()
         return
     remote = forwarded.socket(there)

@@ -12,12 +12,13 @@ from trainway.jobs.kubernetes.creating import (
     bring_files,
     create,
     prepare_data,
+    refuse_second_user,
     start,
     wait_until_running,
 )
 from trainway.jobs.kubernetes.logs import job_log
-from trainway.jobs.kubernetes.manifests import SPARE_S, Manifests, build, claim_name
-from trainway.jobs.kubernetes.names import MANAGED_BY, PRICE, TOKEN, Names, selector
+from trainway.jobs.kubernetes.manifests import SPARE_S, Manifests, build, check, claim_name
+from trainway.jobs.kubernetes.names import MANAGED_BY, ORIGIN, PRICE, TOKEN, Names, selector
 from trainway.jobs.kubernetes.shell import output, terminal, tunnel
 from trainway.jobs.kubernetes.states import (
     conditions,
@@ -29,8 +30,10 @@ from trainway.jobs.kubernetes.states import (
     timestamp,
 )
 from trainway.jobs.orders import JobDir, PodState
+from trainway.jobs.origin import known_origin, origin
 from trainway.jobs.record import Record
 from trainway.jobs.target import Cost, Job, JobStatus, Say, Stray
+from trainway.jobs.waiting import Deadline
 
 WORKLOADS = {"job": "Job", "jobset": "JobSet", "statefulset": "StatefulSet"}
 POLL_S = 2.0
@@ -42,12 +45,18 @@ Connect = Callable[[str | None, str], Cluster]
 class KubernetesTarget:
     """Jobs on a Kubernetes cluster that the kubeconfig leads to.
 
-    connect, wait: how the cluster is reached and time is let pass.
+    connect, wait, now: how the cluster is reached, time is let pass, and told in seconds.
     """
 
-    def __init__(self, connect: Connect = connect, wait: Callable[[float], object] = time.sleep) -> None:
+    def __init__(
+        self,
+        connect: Connect = connect,
+        wait: Callable[[float], object] = time.sleep,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._connect = connect
         self._wait = wait
+        self._now = now
 
     def request(self, job: Job, record: Record) -> list[Object]:
         """The manifests in the order of their creation."""
@@ -55,17 +64,25 @@ class KubernetesTarget:
 
     def up(self, job: Job, record: Record, say: Say) -> Record:
         """Create what is missing, bring the files, tokenise, start the training, and tell why it waits."""
+        check(job)
+        origin()
         manifests = build(job, record)
         kube = job.spec.kubernetes
         cluster = self._connect(kube.context, kube.namespace)
         record = record.with_(root=job.orders.root, place=_place(job, record))
         for note in manifests.notes:
             say(f"note: {note}")
+        if manifests.claim is not None:
+            refuse_second_user(cluster, record.name, record.token, ("Job", WORKLOADS[kube.kind]))
         self._create(cluster, manifests, record, job, say)
         workload = start(cluster, manifests.workload, record.token, say, self._wait)
         record = record.with_(phase="up", ended=None)
-        wait_until_running(cluster, workload, record.token, job.spec.nodes, say, self._wait)
+        deadline = self._deadline(job, say)
+        wait_until_running(cluster, workload, record.token, job.spec.nodes, say, self._wait, deadline)
         return record
+
+    def _deadline(self, job: Job, say: Say) -> Deadline:
+        return Deadline(job.orders.limits.start_minutes, say, now=self._now)
 
     def _create(self, cluster: Cluster, manifests: Manifests, record: Record, job: Job, say: Say) -> None:
         for manifest in (manifests.claim, manifests.settings, manifests.service):
@@ -75,9 +92,11 @@ class KubernetesTarget:
         if found is not None and (is_complete(found) or not is_finished(found)):
             return  # its files and its data were there before it, and its pods may hold the volume
         if manifests.upload is not None:
-            bring_files(cluster, manifests.upload, job, record.token, say, self._wait)
+            deadline = self._deadline(job, say)
+            bring_files(cluster, manifests.upload, job, record.token, say, self._wait, deadline)
         if manifests.prepare is not None:
-            prepare_data(cluster, manifests.prepare, record.token, say, self._wait)
+            deadline = self._deadline(job, say)
+            prepare_data(cluster, manifests.prepare, record.token, say, self._wait, deadline)
 
     def status(self, record: Record) -> JobStatus:
         cluster, kind, name = self._find(record)
@@ -165,8 +184,7 @@ class KubernetesTarget:
             cluster.delete(other, called)
         cluster.delete("ConfigMap", names.settings)
         self._wait_for_pods_to_go(cluster, record, say)
-        while cluster.find(kind, name) is not None:
-            self._wait(POLL_S)
+        self._wait_for_all_to_go(cluster, kind, record, say)
         say(f"gone: {kind} {name}; {_kept(record)}")
         return record.with_(phase="ended", ended=time.time(), place={**record.place, "hours": hours})
 
@@ -180,7 +198,7 @@ class KubernetesTarget:
         return Cost(hours, hours * record.dollars_per_hour, None, note)
 
     def strays(self, records: Sequence[Record]) -> list[Stray]:
-        """Workloads that Trainway has made, in the namespaces of its jobs and wherever else it may look."""
+        """Workloads that this machine's Trainway has made, in the namespaces of its jobs and wherever else it may look."""
         ours = {record.token: record for record in records if record.target == "kubernetes"}
         places = [record.place for record in ours.values() if record.place]
         found: dict[str, Stray] = {}
@@ -215,6 +233,19 @@ class KubernetesTarget:
                 "see `trainway status`",
             )
         return str(pods[0]["metadata"]["name"])
+
+    def _wait_for_all_to_go(self, cluster: Cluster, kind: str, record: Record, say: Say) -> None:
+        """What was asked to be deleted is gone when the cluster says so: somebody's finalizer may hold it."""
+        told = self._now()
+        while left := [
+            f"{one} {item['metadata']['name']}"
+            for one in dict.fromkeys((kind, "Job", "Pod", "Service", "ConfigMap"))
+            for item in cluster.list(one, selector(record.token))
+        ]:
+            if self._now() - told > SAY_EVERY_S:
+                say(f"waiting for {', '.join(left)} to be gone")
+                told = self._now()
+            self._wait(POLL_S)
 
     def _wait_for_pods_to_go(self, cluster: Cluster, record: Record, say: Say) -> None:
         told = 0.0
@@ -291,7 +322,9 @@ def _needless(item: Object, record: Record | None) -> str:
     if is_finished(item):
         return ""
     if record is None:
-        return "no job of this machine is called so"
+        # others have theirs in the same cluster
+        ours = item["metadata"]["labels"].get(ORIGIN) == known_origin()
+        return "no job of this machine is called so" if ours else ""
     if record.phase == "ended":
         return "its job has ended"
     began = timestamp(item.get("status", {}).get("startTime") or item["metadata"].get("creationTimestamp"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -77,7 +79,7 @@ class Api:
                 "make a key at console.runpod.io, Settings, API keys, then `export RUNPOD_API_KEY=...`",
             )
         headers = {"Authorization": f"Bearer {self._key}", "User-Agent": "trainway"}
-        self._client = httpx.Client(headers=headers, timeout=timeout_s)
+        self._client = httpx.Client(headers=headers, timeout=timeout_s, verify=_tls())
 
     def __enter__(self) -> Api:
         return self
@@ -95,8 +97,10 @@ class Api:
         return self._ask("make a pod", "POST", "/pods", models.Pod, body, repeat=False)
 
     def list_pods(self) -> list[models.Pod]:
-        """Without those of clusters."""
-        return self._ask("list the pods", "GET", "/pods", models.PodList).pods
+        """Those of Trainway's names, without those of clusters."""
+        doing = "list the pods"
+        answer = self._answer(doing, "GET", "/pods")
+        return self._read(doing, models.ours_of(answer.content, "pods"), models.PodList).pods
 
     def find_pod(self, pod_id: str) -> models.Pod | None:
         """None when there is none of that id, not any more or never."""
@@ -108,7 +112,7 @@ class Api:
         answer = self._answer(f"{action} the pod", "POST", f"/pods/{_part(pod_id)}/action", sent)
         if answer.status_code == 204:
             return None
-        return self._read(f"{action} the pod", answer, models.Pod)
+        return self._read(f"{action} the pod", answer.content, models.Pod)
 
     def delete_pod(self, pod_id: str) -> None:
         self._answer("terminate the pod", "DELETE", f"/pods/{_part(pod_id)}")
@@ -120,7 +124,10 @@ class Api:
         return self._ask("make a cluster", "POST", "/clusters", models.Cluster, body, repeat=False)
 
     def list_clusters(self) -> list[models.Cluster]:
-        return self._ask("list the clusters", "GET", "/clusters", models.ClusterList).clusters
+        """Those of Trainway's names."""
+        doing = "list the clusters"
+        answer = self._answer(doing, "GET", "/clusters")
+        return self._read(doing, models.ours_of(answer.content, "clusters"), models.ClusterList).clusters
 
     def find_cluster(self, cluster_id: str) -> models.Cluster | None:
         return self._find("show the cluster", f"/clusters/{_part(cluster_id)}", models.Cluster)
@@ -218,11 +225,12 @@ class Api:
         params: Mapping[str, str] | None = None,
         repeat: bool = True,
     ) -> _Answer:
-        return self._read(doing, self._answer(doing, method, path, body, params=params, repeat=repeat), model)
+        answer = self._answer(doing, method, path, body, params=params, repeat=repeat)
+        return self._read(doing, answer.content, model)
 
-    def _read(self, doing: str, answer: httpx.Response, model: type[_Answer]) -> _Answer:
+    def _read(self, doing: str, content: bytes, model: type[_Answer]) -> _Answer:
         try:
-            return model.model_validate_json(answer.content)
+            return model.model_validate_json(content)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(str(part) for part in first["loc"])
@@ -272,17 +280,20 @@ class Api:
         if answer.status_code >= 500:
             return self._lost(doing, f"{answer.status_code}: {words or 'without a word'}")
         if answer.status_code == 429 and (told := answer.headers.get("Retry-After")):
-            words = f"{words or 'too many requests'} (Retry-After: {told[:60]})"
+            words = f"{words or 'too many requests'} (Retry-After: {self._without_key(told)[:60]})"
         return Refused(doing, answer.status_code, words)
 
     def _words(self, answer: httpx.Response) -> str:
         try:
             words = models.Problem.model_validate_json(answer.content).text()
         except ValidationError:
-            words = answer.text[:200]
+            return self._without_key(answer.text)[:200]
+        return self._without_key(words)[:600]
+
+    def _without_key(self, words: str) -> str:
+        """Fit for a message: whatever repeats the request repeats no key, and no part of one that is cut off later."""
         printable = "".join(letter if letter.isprintable() else " " for letter in words)
-        # whatever repeats the request repeats no key
-        return printable.replace(self._key, "***").strip()[:600]
+        return printable.replace(self._key, "***").strip()
 
     def _lost(self, doing: str, why: str) -> Lost:
         return Lost(
@@ -302,6 +313,12 @@ class Api:
             return otherwise
         then = then if then.tzinfo else then.replace(tzinfo=UTC)
         return max(0.0, then.timestamp() - self.clock.now())
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """Of the whole process: reading the machine's certificates takes longer than a request."""
+    return httpx.create_ssl_context()
 
 
 def _check_base(base: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from trainway.errors import EnvironmentFault
+from trainway.jobs.record import Record
 from trainway.jobs.runpod.api import Api
 from trainway.jobs.runpod.models import SetKeys
 from trainway.jobs.target import Say
@@ -53,6 +54,28 @@ def register(api: Api, public: str, say: Say) -> None:
             "see console.runpod.io, Settings",
         )
     say("the SSH key of this machine is registered at RunPod")
+
+
+def check_account(api: Api, record: Record) -> None:
+    """Raise EnvironmentFault when the account is not known to be the one that the job is of.
+
+    Another account answers 404 for a pod that goes on billing at its own. `up` has registered this machine's SSH key
+    before it asked for anything: an account that does not hold it is another one.
+    """
+    path = record.place.get("ssh_key")
+    if path is None:  # it never came to asking for a machine
+        return
+    try:
+        ours = _body(public_key(Path(path)))
+    except OSError:
+        return
+    if ours not in {_body(key) for key in api.ssh_keys()}:
+        raise EnvironmentFault(
+            f"RUNPOD_API_KEY may be of another account than job {record.name}",
+            "the SSH key that `up` has registered is not at this one, so its word that nothing is there counts for nothing",
+            f"set the key of the account that it was started with; or, once console.runpod.io shows that it is gone: "
+            f"`trainway down {record.name} --forget`",
+        )
 
 
 def _body(key: str) -> tuple[str, ...]:

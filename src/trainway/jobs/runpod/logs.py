@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC
 from queue import Queue
 from threading import Thread
 from unicodedata import category
@@ -42,13 +43,15 @@ class _Cursor:
     """Events of those two moments, by id and content."""
     again: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Those that this connection has not repeated yet."""
+    is_open: bool = False
+    """Whether this connection has been answered: silence before that is no end of a log."""
 
     @property
     def resume(self) -> str | None:
         return self.before or self.last
 
     def connected(self) -> None:
-        self.again = self.seen.copy()
+        self.again, self.is_open = self.seen.copy(), False
 
     def is_new(self, event_id: str, data: str) -> bool:
         """Take note of an event; False for one that came before."""
@@ -71,7 +74,7 @@ def pod_log(
     """
     asked = {"source": source}
     if tail is None or tail > MOST_TAIL:
-        asked["since"] = pod.created_at.strftime("%Y-%m-%dT%H:%M:%SZ")
+        asked["since"] = pod.created_at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     else:
         asked["tail"] = str(tail)
     cursor = _Cursor()
@@ -80,22 +83,23 @@ def pod_log(
         came = False
         fault: UserError | None = None
         try:
-            for line in _connection(api, pod.id, asked, cursor, SILENCE_S if follow else IDLE_S):
+            patience_s = SILENCE_S if follow else IDLE_S * (1 + failures)
+            for line in _connection(api, pod.id, asked, cursor, patience_s):
                 came = True
                 yield line
             is_cut = False
-        except httpx.ReadTimeout:
-            is_cut = False
-            if not follow:
+        except httpx.ReadTimeout as error:
+            is_cut, fault = not cursor.is_open, _cut(error)
+            if not follow and cursor.is_open:
                 return
         except httpx.RequestError as error:
             is_cut, fault = True, _cut(error)
         except Lost as lost:
             is_cut, fault = True, lost
         except Refused as refused:
-            if refused.status == 404:  # gone while it was read
+            if refused.status == 404 and _has_ended(api, pod.id):  # gone while it was read
                 return
-            if refused.status != 429:
+            if refused.status not in (404, 429):  # 404 of a pod that is there: its log is not yet
                 raise
             is_cut, fault = True, refused
         if not is_cut and not follow:
@@ -152,8 +156,11 @@ def _connection(
     api: Api, pod_id: str, asked: dict[str, str], cursor: _Cursor, timeout_s: float
 ) -> Iterator[LogLine]:
     cursor.connected()
-    params = asked if cursor.resume is None else {"source": asked["source"]}
-    with api.log_stream(pod_id, params, cursor.resume, timeout_s) as chunks:
+    # within the first moment there is none before it: all from the start again, and what has come is passed over
+    last_id = cursor.before if "since" in asked else cursor.resume
+    params = asked if last_id is None else {"source": asked["source"]}
+    with api.log_stream(pod_id, params, last_id, timeout_s) as chunks:
+        cursor.is_open = True
         for event_id, data in _events(_lines(chunks)):
             found = _parse(data)
             if found is not None and cursor.is_new(event_id or found.ts, data):

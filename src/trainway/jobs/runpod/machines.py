@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from trainway.errors import EnvironmentFault
 from trainway.jobs.record import Record
 from trainway.jobs.runpod.api import Api, Lost, Refused
-from trainway.jobs.runpod.models import Cluster, Pod, PodStatus
+from trainway.jobs.runpod.models import ORIGIN_VARIABLE, PREFIX, Cluster, Pod, PodStatus
 from trainway.jobs.runpod.place import Kind
 from trainway.jobs.target import Say
+from trainway.jobs.waiting import Deadline
 
-PREFIX = "trainway-"
-"""Every name that Trainway gives begins so."""
 POLL_S = 5.0
-START_MINUTES = 30.0
-"""For a machine to be found, and its image to be loaded."""
 END_ATTEMPTS = 8
+_OUR_NAME = re.compile(rf"{PREFIX}[a-z0-9]([a-z0-9-]{{0,43}}[a-z0-9])?-[0-9a-f]{{8}}")
+"""As `Record.remote_name` makes it; what somebody has called `trainway-test` by hand is his."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Machine:
     def status(self) -> PodStatus:
         """The one of all pods, or the one that is furthest from RUNNING."""
         found = [pod.status for pod in self.pods]
+        if self.kind == "cluster" and "TERMINATED" in found:
+            return "ERROR"  # the others wait for a node that does not come back
         for status in ("ERROR", "EXITED", "PROVISIONING", "STARTING", "RUNNING"):
             if status in found:
                 return "PROVISIONING" if status == "RUNNING" and len(found) < self.wanted else status
@@ -45,6 +47,11 @@ class Machine:
     @property
     def dollars_per_hour(self) -> float:
         return sum(pod.cost for pod in self.pods)
+
+    @property
+    def origin(self) -> str:
+        """Of whoever has started it, by the mark in its environment; empty where it has none."""
+        return next((mark for pod in self.pods if (mark := pod.env.get(ORIGIN_VARIABLE))), "")
 
     @property
     def data_center(self) -> str:
@@ -62,6 +69,11 @@ def of_cluster(api: Api, cluster: Cluster) -> Machine:
         if refused.status != 404:
             raise
         pods = ()
+    return new_cluster(cluster, pods)
+
+
+def new_cluster(cluster: Cluster, pods: tuple[Pod, ...] = ()) -> Machine:
+    """One whose pods nobody has asked for yet."""
     created = cluster.created_at.timestamp()
     return Machine("cluster", cluster.id, cluster.name, pods, cluster.compute.pod_count, created)
 
@@ -73,6 +85,14 @@ def find_machine(api: Api, kind: Kind, machine_id: str) -> Machine | None:
         return None if cluster is None else of_cluster(api, cluster)
     pod = api.find_pod(machine_id)
     return None if pod is None or pod.status == "TERMINATED" else of_pod(pod)
+
+
+def is_gone(api: Api, kind: Kind, machine_id: str) -> bool:
+    """Whether RunPod says so; no answer that can be read says nothing."""
+    try:
+        return find_machine(api, kind, machine_id) is None
+    except (Lost, Refused):
+        return False
 
 
 def list_machines(api: Api) -> list[Machine]:
@@ -99,25 +119,35 @@ def only_machine(api: Api, record: Record, kind: Kind, say: Say) -> Machine | No
         return None
     known = record.place.get("id")
     kept = next((machine for machine in found if machine.id == known), found[0])
-    for machine in found:
-        if machine.id != kept.id:
-            say(f"{kind} {machine.id} is a second one of this job: ended")
-            end_machine(api, kind, machine.id)
+    _end_others(api, found, kept.id, say)
     return kept
+
+
+def end_others(api: Api, record: Record, kept: Machine, say: Say) -> None:
+    """End whatever else is under the job's name: one whose answer was lost may show in the list late."""
+    _end_others(api, machines_of(api, record, kept.kind), kept.id, say)
+
+
+def _end_others(api: Api, found: Sequence[Machine], kept_id: str, say: Say) -> None:
+    for machine in found:
+        if machine.id != kept_id:
+            say(f"{machine.kind} {machine.id} is a second one of this job: ended")
+            end_machine(api, machine.kind, machine.id)
 
 
 def wait_until_running(
     api: Api,
     machine: Machine,
     say: Say,
+    deadline: Deadline,
     check: Callable[[Machine], str],
     final: Sequence[PodStatus] = ("ERROR", "EXITED", "TERMINATED"),
 ) -> Machine | str:
     """The machine once all its pods run, or why it will not do.
 
     check: what is wrong with it as it is now, or nothing; final: where it does not come back from by itself.
+    A network that fails meanwhile is waited for too: the machine is noted, and starts without us.
     """
-    end_at = api.clock.now() + START_MINUTES * 60
     shown = ""
     while True:
         if wrong := check(machine):
@@ -130,10 +160,17 @@ def wait_until_running(
             return machine
         if status in final:
             return f"{machine.kind} {machine.id} went to {status}"
-        if api.clock.now() >= end_at:
-            return f"{machine.kind} {machine.id} was still {status} after {START_MINUTES:.0f} minutes"
+        if deadline.is_over():
+            return f"{machine.kind} {machine.id} was still {status} after {deadline}"
+        deadline.tell(f"{machine.kind} {machine.id}: {status}")
         api.clock.sleep(POLL_S)
-        found = find_machine(api, machine.kind, machine.id)
+        try:
+            found = find_machine(api, machine.kind, machine.id)
+        except Lost as lost:
+            if deadline.is_over():
+                raise
+            say(f"{lost.what}: {lost.why}; asked again")
+            continue
         if found is None:
             return f"{machine.kind} {machine.id} is gone"
         machine = found
@@ -146,19 +183,16 @@ def end_machine(api: Api, kind: Kind, machine_id: str) -> None:
     """
     why = "it is still there"
     for attempt in range(1, END_ATTEMPTS + 1):
+        # asked for before anything is looked at: an answer that cannot be read must not keep it alive
+        refused = _delete(api, kind, machine_id)
         try:
             if find_machine(api, kind, machine_id) is None:
                 return
-            _delete(api, kind, machine_id)
-            if find_machine(api, kind, machine_id) is None:
-                return
-        except Refused as refused:
-            if refused.status in (401, 402, 403):
-                why = refused.why
+            why = refused or "it is still there"
+        except (Refused, Lost) as fault:
+            why = refused or fault.why
+            if isinstance(fault, Refused) and fault.status in (401, 402, 403):
                 break
-            why = refused.why
-        except Lost as lost:
-            why = lost.why
         api.clock.sleep(api.clock.backoff(attempt))
     raise EnvironmentFault(
         f"{kind} {machine_id} is not known to have ended, and may go on costing money",
@@ -167,13 +201,16 @@ def end_machine(api: Api, kind: Kind, machine_id: str) -> None:
     )
 
 
-def _delete(api: Api, kind: Kind, machine_id: str) -> None:
+def _delete(api: Api, kind: Kind, machine_id: str) -> str:
+    """Why it was not deleted; empty when it was, or was not there."""
     try:
         api.delete_cluster(machine_id) if kind == "cluster" else api.delete_pod(machine_id)
     except Refused as refused:
-        if refused.status != 404:
-            raise
+        return "" if refused.status == 404 else refused.why
+    except Lost as lost:
+        return lost.why
+    return ""
 
 
 def _is_ours(name: str) -> bool:
-    return name.startswith(PREFIX)
+    return _OUR_NAME.fullmatch(name) is not None

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from pydantic.alias_generators import to_camel
 
+PREFIX = "trainway-"
+"""Every name that Trainway gives begins so."""
+ORIGIN_VARIABLE = "TRAINWAY_ORIGIN"
 MOST_VARIABLES = 50
 LEAST_VOLUME_GB, MOST_VOLUME_GB = 10, 4096
 LEAST_PODS, MOST_PODS = 2, 250
@@ -171,6 +176,7 @@ class Pod(Got):
     data_center_id: str | None
     ssh: PodSsh
     cluster: Membership | None = None
+    env: dict[str, str] = Field(default_factory=dict)
     cost: float
     """Dollars per hour now; 0 when EXITED or TERMINATED."""
     runtime: Runtime | None
@@ -274,8 +280,8 @@ class DataCenters(Got):
 
 
 class BilledAmount(Got):
-    total_amount: float
-    """Dollars."""
+    total_amount: Decimal
+    """Dollars, as they are written: sums of them are exact."""
 
 
 class BillRecord(Got):
@@ -283,7 +289,7 @@ class BillRecord(Got):
 
     start_time: datetime
     end_time: datetime
-    total_amount: float
+    total_amount: Decimal
 
 
 class BillTotals(Got):
@@ -316,3 +322,22 @@ class LogLine(Got):
     line: str
     source: str = ""
     ts: str = ""
+
+
+def ours_of(content: bytes, key: str) -> bytes:
+    """The answer with those of its items alone that Trainway may have named, in its list `key`.
+
+    What others have on the account is not looked at, so that no form of it keeps ours from being ended. One without a
+    name may be ours: it stays, and is refused.
+    """
+    try:
+        body = json.loads(content)
+        body[key] = [item for item in body[key] if not _is_others(item)]
+    except (ValueError, TypeError, LookupError):
+        return content  # in another form altogether: the model says so
+    return json.dumps(body).encode()
+
+
+def _is_others(item: Any) -> bool:
+    name = item.get("name") if isinstance(item, dict) else None
+    return isinstance(name, str) and not name.startswith(PREFIX)

@@ -34,6 +34,13 @@ def opened(record: Record, kind: Kind, new_id: str, began: float, dollars_per_ho
     return noted(record, kind=kind, id=new_id, spans=[*spans, span])
 
 
+def priced(record: Record, dollars_per_hour: float) -> Record:
+    """What the machine really costs, disk and all, as the provider shows it."""
+    last = {"dollars_per_hour": dollars_per_hour}
+    spans = [{**span, **last} if span["end"] is None else span for span in _spans(record)]
+    return noted(record.with_(dollars_per_hour=dollars_per_hour), spans=spans)
+
+
 def closed(record: Record, now: float) -> Record:
     """The machine costs no more."""
     spans = [{**span, "end": now} if span["end"] is None else span for span in _spans(record)]

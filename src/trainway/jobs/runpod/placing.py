@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trainway.errors import ConfigError, EnvironmentFault
 from trainway.jobs.record import Record, find_record
@@ -14,8 +14,9 @@ from trainway.jobs.runpod.gpus import gpu_type_id
 from trainway.jobs.runpod.machines import (
     Machine,
     end_machine,
+    end_others,
     find_machine,
-    of_cluster,
+    new_cluster,
     of_pod,
     only_machine,
     wait_until_running,
@@ -26,6 +27,7 @@ from trainway.jobs.runpod.request import body_of
 from trainway.jobs.runpod.volumes import JobVolume
 from trainway.jobs.spec import GpuChoice
 from trainway.jobs.target import Job, Say
+from trainway.jobs.waiting import Deadline
 
 COST_SLACK = 1.05
 """What a pod costs is a little more than its GPUs: its disk."""
@@ -62,7 +64,7 @@ def find_or_place(api: Api, job: Job, record: Record, say: Say) -> tuple[Record,
     record = place.noted(record, kind=kind)
     machine = only_machine(api, record, kind, say)
     if machine is not None:
-        record, awake = _go_on(api, record, machine, say)
+        record, awake = _go_on(api, job, record, machine, say)
         if awake is not None:
             return record, awake
     refusals: list[tuple[str, Refused | None]] = []
@@ -70,8 +72,10 @@ def find_or_place(api: Api, job: Job, record: Record, say: Say) -> tuple[Record,
     for option in _tries(api, job, record, volume, refusals, say):
         try:
             record, placed = _try(api, job, record, option, volume, say)
-        except Refused:  # for good, and nothing was made: nothing may cost
-            volume.drop_unused(find_record(record.name) or record)
+        except Refused:
+            now = find_record(record.name) or record
+            if place.machine_id(now) is None:  # for good, and nothing was made: nothing may cost
+                volume.drop_unused(now)
             raise
         if isinstance(placed, Machine):
             return record, placed
@@ -81,8 +85,11 @@ def find_or_place(api: Api, job: Job, record: Record, say: Say) -> tuple[Record,
     raise _none_left(refusals)
 
 
-def _go_on(api: Api, record: Record, machine: Machine, say: Say) -> tuple[Record, Machine | None]:
-    """The machine that is there, awake; None when it is no good any more, and ended."""
+def _go_on(api: Api, job: Job, record: Record, machine: Machine, say: Say) -> tuple[Record, Machine | None]:
+    """The machine that is there, awake; None when it is no good any more, and ended.
+
+    Raises EnvironmentFault for one that does not come in time: it was there before, and is left.
+    """
     say(f"found {machine.kind} {machine.id} of this job: {machine.status}")
     cost = machine.dollars_per_hour or record.dollars_per_hour
     if machine.id != place.machine_id(record):
@@ -103,9 +110,17 @@ def _go_on(api: Api, record: Record, machine: Machine, say: Say) -> tuple[Record
             now = api.clock.now()
             record = place.opened(place.closed(record, now), "pod", pod.id, now, cost)
     # just woken, it may still show EXITED
-    found = wait_until_running(api, machine, say, lambda _: "", final=("ERROR", "TERMINATED"))
+    deadline = _deadline(api, job, say)
+    found = wait_until_running(api, machine, say, deadline, lambda _: "", final=("ERROR", "TERMINATED"))
     if isinstance(found, Machine):
         return record, found
+    if deadline.is_over():
+        raise deadline.fault(
+            f"{machine.kind} {machine.id}",
+            found,
+            f"it is left as it is, and may cost money: start the same command again, or end it: "
+            f"`trainway down {record.name}`",
+        )
     has_worked = record.phase != "asked" and not record.place.get("volume")
     if has_worked and find_machine(api, machine.kind, machine.id) is not None:
         raise EnvironmentFault(
@@ -183,9 +198,13 @@ def highest_price(job: Job, record: Record, choice: GpuChoice) -> float:
 
 
 def _try(
-    api: Api, job: Job, record: Record, option: Try, volume: JobVolume, say: Say
+    api: Api, job: Job, record: Record, option: Try, volume: JobVolume, say: Say, *, is_second: bool = False
 ) -> tuple[Record, Machine | Refused | str]:
-    """Ask for one machine and wait until it runs; why not, when it is not to be had. Then there is none."""
+    """Ask for one machine and wait until it runs; why not, when it is not to be had. Then there is none.
+
+    A machine ends itself by the price that it was told: one that costs more than that is given back, and asked for
+    once more with its real price.
+    """
     choice = option.choice
     num_gpus = choice.count * job.spec.nodes
     cost = option.price * num_gpus
@@ -202,16 +221,33 @@ def _try(
         raise
     record = place.opened(record, machine.kind, machine.id, machine.created, cost)
     most = highest_price(job, record, choice) * num_gpus * COST_SLACK
+    real = cost
 
     def too_dear(now: Machine) -> str:
-        asked = now.dollars_per_hour
-        return f"it costs ${asked:.2f} an hour, and the most allowed is ${most:.2f}" if asked > most else ""
+        nonlocal real
+        real = now.dollars_per_hour
+        if real > most:
+            return f"it costs ${real:.2f} an hour, and the most allowed is ${most:.2f}"
+        if real > cost * COST_SLACK:
+            return f"it costs ${real:.2f} an hour, and the catalogue said ${cost:.2f}"
+        return ""
 
-    found = wait_until_running(api, machine, say, too_dear)
+    found = wait_until_running(api, machine, say, _deadline(api, job, say), too_dear)
     if isinstance(found, Machine):
+        record = place.priced(record, found.dollars_per_hour)
+        end_others(api, record, found, say)
         return volume.used(record), found
     end_machine(api, machine.kind, machine.id)
-    return place.forgotten(record, api.clock.now()), found
+    record = place.forgotten(record, api.clock.now())
+    if cost * COST_SLACK < real <= most and not is_second:
+        say(f"{option}: {found}; asked for again at that price")
+        dearer = replace(option, price=real / num_gpus)
+        return _try(api, job, record, dearer, volume, say, is_second=True)
+    return record, found
+
+
+def _deadline(api: Api, job: Job, say: Say) -> Deadline:
+    return Deadline(job.orders.limits.start_minutes, say, now=api.clock.now)
 
 
 def _create(api: Api, record: Record, body: CreatePod | CreateCluster, say: Say) -> Machine:
@@ -220,7 +256,8 @@ def _create(api: Api, record: Record, body: CreatePod | CreateCluster, say: Say)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             if isinstance(body, CreateCluster):
-                return of_cluster(api, api.create_cluster(body))
+                # nothing else is asked before it is noted: a refusal of that would read as one of the cluster
+                return new_cluster(api.create_cluster(body))
             return of_pod(api.create_pod(body))
         except Lost as lost:
             say(f"no answer ({lost.why}); looking whether there is a {kind} now")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from trainway.jobs.orders import PodState
+from trainway.jobs.origin import known_origin
 from trainway.jobs.record import Record
 from trainway.jobs.runpod import place
 from trainway.jobs.runpod.machines import Machine, end_machine, list_machines
@@ -26,7 +27,10 @@ CLUSTER = "cluster/"
 
 
 def strays_of(api: Api, records: Sequence[Record], inside: Inside) -> list[Stray]:
-    """Every machine under a name of Trainway's that no known job needs, and why."""
+    """Every machine under a name of Trainway's that no known job needs, and why.
+
+    One without a job here is told only when it was started from here: others use the account too.
+    """
     known = {record.remote_name: record for record in records if record.target == "runpod"}
     found: list[Stray] = []
     for machine in list_machines(api):
@@ -47,7 +51,7 @@ def end_stray(api: Api, stray: Stray) -> None:
 def _why(now: float, machine: Machine, record: Record | None, inside: Inside) -> str:
     """Why nobody needs it; empty when its job does."""
     if record is None:
-        return "no job of this machine is called so"
+        return "no job of this machine is called so" if machine.origin == known_origin() else ""
     if record.phase == "ended":
         return "its job has ended"
     known = place.machine_id(record)

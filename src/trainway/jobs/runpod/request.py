@@ -13,12 +13,14 @@ from pydantic import ValidationError
 
 from trainway.errors import ConfigError
 from trainway.jobs.orders import ORDERS_VARIABLE, Orders
+from trainway.jobs.origin import UNKNOWN, known_origin
 from trainway.jobs.record import Record
 from trainway.jobs.runpod.gpus import gpu_type_id
 from trainway.jobs.runpod.models import (
     LEAST_VOLUME_GB,
     MOST_VARIABLES,
     MOST_VOLUME_GB,
+    ORIGIN_VARIABLE,
     Compute,
     CreateCluster,
     CreatePod,
@@ -30,6 +32,7 @@ from trainway.jobs.runpod.models import (
 from trainway.jobs.runpod.source import source_words
 from trainway.jobs.spec import GpuChoice, JobSpec
 from trainway.jobs.target import Job
+from trainway.recipes.volume import ERASED
 
 BOOTSTRAP_VARIABLE = "TRAINWAY_BOOTSTRAP"
 SOURCE_VARIABLE = "TRAINWAY_SOURCE"
@@ -38,7 +41,6 @@ ARGS = f"python3 -c 'import base64,os;exec(base64.b64decode(os.environ[\"{BOOTST
 SSH_PORT = "22/tcp"
 NEW_VOLUME = "NEW"
 """Stands for the id of a volume that is not there yet."""
-ERASED = ("/tmp", "/root", "/dev/shm", "/var/tmp")
 _OURS = re.compile(r"RUNPOD_.*|TRAINWAY_.*|PUBLIC_KEY|JUPYTER_PASSWORD")
 _SECRET_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 _SECRET_VALUE = re.compile(r"(hf_|api_org_|rpa_|ghp_|github_pat_|sk-|AKIA)[A-Za-z0-9_-]{16,}")
@@ -113,6 +115,7 @@ def variables(job: Job, orders: Orders) -> dict[str, str]:
     found[BOOTSTRAP_VARIABLE] = base64.b64encode(program).decode()
     found[SOURCE_VARIABLE] = source_words(job)
     found[ORDERS_VARIABLE] = inert_json(orders)
+    found[ORIGIN_VARIABLE] = known_origin() or UNKNOWN
     return found
 
 
@@ -173,7 +176,7 @@ def _check_variables(spec: JobSpec) -> None:
                 "it takes the name that the secret has at RunPod, never its value",
                 "make one at console.runpod.io, Secrets; a value that was written here is not secret any more: revoke it",
             )
-    ours = 3
+    ours = 4
     if (count := len(spec.env) + len(spec.secrets) + ours) > MOST_VARIABLES:
         raise ConfigError(
             f"the container would have {count} variables",

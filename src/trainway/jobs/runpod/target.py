@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainway.errors import EnvironmentFault, UserError
 from trainway.jobs.orders import PodState
+from trainway.jobs.origin import origin
 from trainway.jobs.record import Record
 from trainway.jobs.runpod import place
 from trainway.jobs.target import Cost, Job, JobStatus, MachineState, Say, Stray
@@ -84,6 +85,7 @@ class RunPodTarget:
         from trainway.jobs.runpod.request import check
 
         check(job)  # before a key is asked for, let alone money spent
+        origin()
         shells = self._shells()
         with self._open() as api:
             key = key_file()
@@ -139,11 +141,13 @@ class RunPodTarget:
         return connection.forward(ports)
 
     def stop(self, record: Record, say: Say) -> Record:
+        from trainway.jobs.runpod.keys import check_account
         from trainway.jobs.runpod.machines import end_machine
 
         with self._open() as api:
             machine = self._machine(api, record)
             if machine is None:
+                check_account(api, record)
                 say("RunPod has no machine of this job: nothing to stop")
                 record = place.forgotten(record, api.clock.now())
                 return record.with_(phase="stopped" if record.place.get("volume") else "ended")
@@ -163,18 +167,24 @@ class RunPodTarget:
             return place.closed(record, api.clock.now()).with_(phase="stopped")
 
     def down(self, record: Record, say: Say) -> Record:
-        from trainway.jobs.runpod.machines import end_machine, machines_of
+        from trainway.jobs.runpod.keys import check_account
+        from trainway.jobs.runpod.machines import end_machine, is_gone, machines_of
 
         with self._open() as api:
             kind = place.kind_of(record)
             known = place.machine_id(record)
-            ids = [known] if known else []
+            if known is not None:  # first of all: a list that cannot be read must not keep it alive
+                if is_gone(api, kind, known):
+                    check_account(api, record)
+                end_machine(api, kind, known)
+                say(f"{kind} {known} has ended, RunPod says so")
             # those that a lost answer has left behind too
-            ids += [machine.id for machine in machines_of(api, record, kind) if machine.id != known]
-            for machine_id in ids:
+            others = [machine.id for machine in machines_of(api, record, kind) if machine.id != known]
+            for machine_id in others:
                 end_machine(api, kind, machine_id)
                 say(f"{kind} {machine_id} has ended, RunPod says so")
-            if not ids:
+            if not others and known is None:
+                check_account(api, record)
                 say("RunPod has no machine of this job")
             if volume := record.place.get("volume"):
                 say(

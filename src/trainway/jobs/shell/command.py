@@ -17,6 +17,7 @@ CONNECT_S = 20
 ALIVE_S = 15
 """A line on which the other end is silent for three times so long is dead."""
 _WRONG_KEY = re.compile(r"HOST IDENTIFICATION HAS CHANGED|Host key verification failed|host key is known for")
+_NO_LISTENING = re.compile(r"cannot listen to port: (\d+)")
 _NO_LOGIN = re.compile(r"Permission denied|Too many authentication failures|no such identity|invalid format")
 
 
@@ -89,8 +90,11 @@ def connection_fault(address: Address, said: str, known_hosts: Path | None = Non
             "a key with a passphrase needs ssh-agent",
         )
     if "orwarding" in said or "Address already in use" in said:
+        taken = _NO_LISTENING.search(said)
         return EnvironmentFault(
-            "the port cannot be forwarded", reason, "choose another port here: HERE:THERE"
+            f"port {taken[1]} of 127.0.0.1 cannot be used here" if taken else "the port cannot be forwarded",
+            next((line for line in said.splitlines() if line.startswith("bind ")), reason),
+            "choose another port here: HERE:THERE",
         )
     return ConnectionLost(
         f"{address} cannot be reached by SSH", reason, "see that it runs and that address and port are right"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,7 +20,6 @@ from trainway.errors import ConfigError, DataError, EnvironmentFault
 from trainway.jobs.orders import JobDir, PodState
 from trainway.jobs.shell import far_end, far_job
 from trainway.jobs.shell.command import (
-    CONNECT_S,
     LOST,
     Address,
     ConnectionLost,
@@ -175,31 +175,28 @@ class Connection:
     def forward(self, ports: Mapping[int, int]) -> int:
         """Make {port here: port there} reachable on 127.0.0.1, there and here, until interrupted.
 
-        A line that is cut is made again. Raises as `run`, and when a port here is taken.
+        A line that is cut is made again; the tunnel ends with this process. Raises as `run`, and EnvironmentFault naming
+        a port that is taken here.
         """
         words = [
             word for here, there in ports.items() for word in ("-L", f"127.0.0.1:{here}:127.0.0.1:{there}")
         ]
-        line = self.command(options=["ExitOnForwardFailure=yes", "GatewayPorts=no"])
-        line[1:1] = ["-N", *words]
-        failures = 0
-        while True:
-            began = time.monotonic()
-            process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            try:
-                _, said = process.communicate()
-            except KeyboardInterrupt:
-                process.terminate()
-                process.communicate()
-                return 0
-            if process.returncode == 0:
-                return 0
-            fault = connection_fault(self.address, said.decode(errors="replace"), self.known_hosts)
-            failures = 0 if time.monotonic() - began > 2 * CONNECT_S else failures + 1
-            # at the first attempt nothing has been reachable yet: say why
-            if not isinstance(fault, ConnectionLost) or failures in (1, len(RETRY_S)):
-                raise fault
-            time.sleep(RETRY_S[failures])
+        line = self.command(["cat"], options=["ExitOnForwardFailure=yes", "GatewayPorts=no"])
+        line[1:1] = words
+        failures, ever_up = 0, False
+        try:
+            while True:
+                up, code, said = _hold_open(line)
+                if code == 0:
+                    return 0
+                fault = connection_fault(self.address, said, self.known_hosts)
+                ever_up, failures = ever_up or up, 1 if up else failures + 1
+                # where nothing has been reachable yet, say why
+                if not isinstance(fault, ConnectionLost) or not ever_up or failures > len(RETRY_S):
+                    raise fault
+                time.sleep(RETRY_S[failures - 1])
+        except KeyboardInterrupt:
+            return 0
 
     def upload(self, source: Path, to: str, say: Say) -> None:
         """Bring a file or directory there, to the path `to`; goes on where it was cut, every byte verified.
@@ -313,6 +310,31 @@ def _program() -> bytes:
         " exec(compile(text,name,'exec'),module.__dict__)\n"
         f"sys.exit(sys.modules[{far_end.__name__!r}].serve())\n"
     ).encode()
+
+
+def _hold_open(line: Sequence[str]) -> tuple[bool, int, str]:
+    """Run the ssh command `line`, whose other end is `cat`, until it ends: (whether it was up, exit code, what it said).
+
+    Its input is ours and never comes to an end: it ends with this process, however that ends.
+    """
+    reader, writer = os.pipe()
+    with tempfile.TemporaryFile() as errors:
+        try:
+            process = subprocess.Popen(line, stdin=reader, stdout=subprocess.PIPE, stderr=errors)
+        finally:
+            os.close(reader)
+        try:
+            assert process.stdout is not None
+            with suppress(BrokenPipeError):
+                os.write(writer, b"\n")
+            up = bool(process.stdout.read(1))  # `cat` is there, so the ports are too
+            process.wait()
+        finally:
+            os.close(writer)
+            process.terminate()
+            _close(process)
+        errors.seek(0)
+        return up, process.returncode, errors.read().decode(errors="replace")
 
 
 def _readable(line: bytes) -> str:

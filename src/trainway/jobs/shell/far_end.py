@@ -15,7 +15,7 @@ import select
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
 HELLO = b"trainway far end 1\n"
@@ -252,7 +252,7 @@ def _receive_file(
     mode = sane_mode(int(frame["mode"]))
     # no O_APPEND: an older attempt that still hangs on its line would write the same bytes at the same place
     descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    with open(descriptor, "r+b") as file:
+    with _named(part), open(descriptor, "r+b") as file:
         seen = hashlib.sha256()
         for _ in _blocks(file, frame["offset"], seen):
             pass
@@ -273,6 +273,17 @@ def _receive_file(
         os.fsync(file.fileno())
     os.replace(part, path)
     return True
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """A fault of the disk, such as a full one, says of which file it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and not isinstance(error, BrokenPipeError):
+            error.filename = path
+        raise
 
 
 def _blocks(file: BinaryIO, size: int, seen: Any) -> Iterator[bytes]:

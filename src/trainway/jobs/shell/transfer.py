@@ -23,7 +23,23 @@ Entry = dict[str, Any]
 Pair = tuple[str, int]
 """A path, and how many of its bytes."""
 Digests = Callable[[Sequence[Pair]], list[str]]
+Moved = Callable[[int], None]
+"""Told how many bytes have just gone over the line."""
 SAY_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """What goes over the line, in whichever direction."""
+
+    here: Path
+    """Directory on this machine."""
+    root: str
+    """Directory there."""
+    names: dict[str, str]
+    """Each entry's path at the receiver by its path at the sender."""
+    missing: list[tuple[Entry, int]]
+    """What the receiver lacks, each with the bytes of it that it has."""
 
 
 def upload(connection: Connection, source: Path, to: str, say: Say) -> None:
@@ -44,62 +60,53 @@ def upload_entries(
     """
     root, _, name = to.rstrip("/").rpartition("/") if single else (to, "", "")
     names = {entry["path"]: name or entry["path"] for entry in entries}
-    progress = _Progress(say, f"to {connection.address}")
+    root = root or "/"
 
-    def attempt() -> None:
-        with connection.far_end() as far:
-            there = list(names.values())
-            parts = [path + PART for path in there]
-            sizes = far.ask("sizes", root=root or "/", paths=there + parts)
-            missing = _still_to_send(
-                entries,
-                dict(zip(names, sizes[: len(there)], strict=True)),
-                dict(zip(names, sizes[len(there) :], strict=True)),
-                lambda pairs: far.ask(
-                    "digests", root=root or "/", pairs=[(_renamed(path, names), size) for path, size in pairs]
-                ),
-                lambda pairs: [
-                    far_end.digest(str(folder), path.removesuffix(PART), size) for path, size in pairs
-                ],
-            )
-            progress.begin(missing)
-            if missing:
-                _push(far, folder, missing, root or "/", names, progress)
+    def plan(far: FarEnd) -> _Transfer:
+        there = list(names.values())
+        parts = [path + PART for path in there]
+        sizes = far.ask("sizes", root=root, paths=there + parts)
+        missing = _still_to_send(
+            entries,
+            dict(zip(names, sizes[: len(there)], strict=True)),
+            dict(zip(names, sizes[len(there) :], strict=True)),
+            lambda pairs: far.ask(
+                "digests", root=root, pairs=[(_renamed(path, names), size) for path, size in pairs]
+            ),
+            lambda pairs: [
+                far_end.digest(str(folder), path.removesuffix(PART), size) for path, size in pairs
+            ],
+        )
+        return _Transfer(folder, root, names, missing)
 
-    _until_done(attempt, progress)
+    _until_done(connection, plan, _push, _Progress(say, f"to {connection.address}"))
 
 
 def download(connection: Connection, source: str, to: Path, say: Say) -> None:
     """Bring the file or directory `source` from there to the path `to`; see `Connection.download`."""
     to = to.expanduser().absolute()
-    progress = _Progress(say, f"from {connection.address}")
 
-    def attempt() -> None:
-        with connection.far_end() as far:
-            kind = far.ask("kind", path=source)
-            single = kind == "file"
-            if kind is None:
-                raise DataError(f"{far.where}: there is no {source}", "", "see what is there: `trainway ssh`")
-            above, _, name = source.rstrip("/").rpartition("/") if single else (source, "", "")
-            root, here = above or ("/" if source.startswith("/") else "."), to.parent if single else to
-            entries: list[Entry] = far.ask("list", root=root, name=name or None)
-            names = {entry["path"]: to.name if single else entry["path"] for entry in entries}
-            missing = _still_to_send(
-                entries,
-                {path: far_end.size_of(str(here), names[path]) for path in names},
-                {path: far_end.size_of(str(here), names[path] + PART) for path in names},
-                lambda pairs: [
-                    far_end.digest(str(here), _renamed(path, names), size) for path, size in pairs
-                ],
-                lambda pairs: far.ask(
-                    "digests", root=root, pairs=[(path.removesuffix(PART), size) for path, size in pairs]
-                ),
-            )
-            progress.begin(missing)
-            if missing:
-                _pull(far, root, missing, here, names, progress)
+    def plan(far: FarEnd) -> _Transfer:
+        kind = far.ask("kind", path=source)
+        single = kind == "file"
+        if kind is None:
+            raise DataError(f"{far.where}: there is no {source}", "", "see what is there: `trainway ssh`")
+        above, _, name = source.rstrip("/").rpartition("/") if single else (source, "", "")
+        root, here = above or ("/" if source.startswith("/") else "."), to.parent if single else to
+        entries: list[Entry] = far.ask("list", root=root, name=name or None)
+        names = {entry["path"]: to.name if single else entry["path"] for entry in entries}
+        missing = _still_to_send(
+            entries,
+            {path: far_end.size_of(str(here), names[path]) for path in names},
+            {path: far_end.size_of(str(here), names[path] + PART) for path in names},
+            lambda pairs: [far_end.digest(str(here), _renamed(path, names), size) for path, size in pairs],
+            lambda pairs: far.ask(
+                "digests", root=root, pairs=[(path.removesuffix(PART), size) for path, size in pairs]
+            ),
+        )
+        return _Transfer(here, root, names, missing)
 
-    _until_done(attempt, progress)
+    _until_done(connection, plan, _pull, _Progress(say, f"from {connection.address}"))
 
 
 def _listed(source: Path) -> list[Entry]:
@@ -148,18 +155,12 @@ def _renamed(path: str, names: dict[str, str]) -> str:
     return names[path.removesuffix(PART)] + PART if path.endswith(PART) else names[path]
 
 
-def _push(
-    far: FarEnd,
-    folder: Path,
-    missing: list[tuple[Entry, int]],
-    root: str,
-    names: dict[str, str],
-    progress: _Progress,
-) -> None:
-    far.begin("receive", root=root)
+def _push(far: FarEnd, what: _Transfer, moved: Moved) -> list[str]:
+    """Send it; the paths that arrived with a wrong hash."""
+    far.begin("receive", root=what.root)
     answers = _Answers(far.answers)
     try:
-        _send_renamed(folder, missing, names, far.to, progress)
+        _send_renamed(what, far.to, moved)
         far.to.flush()
     except far_end.Refused as error:
         raise DataError(str(error), "", "upload files that nothing writes to") from None
@@ -171,18 +172,16 @@ def _push(
     far.checked(answers.fault)
     if not answers.complete:
         raise BrokenPipeError
-    _check_hashes(answers.bad)
+    return answers.bad
 
 
-def _send_renamed(
-    folder: Path, missing: list[tuple[Entry, int]], names: dict[str, str], ask: BinaryIO, progress: _Progress
-) -> None:
-    for entry, offset in missing:
-        frame = {**entry, "path": names[entry["path"]], "offset": offset}
+def _send_renamed(what: _Transfer, ask: BinaryIO, moved: Moved) -> None:
+    for entry, offset in what.missing:
+        frame = {**entry, "path": what.names[entry["path"]], "offset": offset}
         ask.write(json.dumps(frame).encode() + b"\n")
         if "size" in entry:
-            path = far_end.inside(str(folder), entry["path"])
-            far_end.send_file(path, entry["size"], offset, ask, progress.moved)
+            path = far_end.inside(str(what.here), entry["path"])
+            far_end.send_file(path, entry["size"], offset, ask, moved)
     ask.write(json.dumps({"end": True}).encode() + b"\n")
 
 
@@ -213,52 +212,42 @@ class _Answers:
                     self.bad.append(found["path"])
 
 
-def _pull(
-    far: FarEnd,
-    root: str,
-    missing: list[tuple[Entry, int]],
-    here: Path,
-    names: dict[str, str],
-    progress: _Progress,
-) -> None:
+def _pull(far: FarEnd, what: _Transfer, moved: Moved) -> list[str]:
+    """Receive it; as `_push`."""
     bad: list[str] = []
 
     def done(frame: Entry) -> None:
         if not frame.get("ok", True):
             bad.append(frame["path"])
 
-    far.begin("send", root=root, files=missing)
-    with disk_faults(here):
+    far.begin("send", root=what.root, files=what.missing)
+    with disk_faults(what.here):
         try:
-            far_end.receive(str(here), far.answers, done, names=names, moved=progress.moved)
+            far_end.receive(str(what.here), far.answers, done, names=what.names, moved=moved)
         except EOFError:
             raise BrokenPipeError from None
         except far_end.Refused as error:
             raise DataError(
-                f"{far.where}: {root} cannot be downloaded", str(error), "nothing was written outside"
+                f"{far.where}: {what.root} cannot be downloaded", str(error), "nothing was written outside"
             ) from None
-    _check_hashes(bad)
-
-
-def _check_hashes(bad: Sequence[str]) -> None:
-    if bad:
-        raise _Damaged(
-            f"{bad[0]}: its hash is wrong after the transfer",
-            "the file changed meanwhile, or a disk or the network is faulty",
-            "try again; check the disks if it happens again",
-        )
+    return bad
 
 
 class _Damaged(DataError):
     """Arrived with a wrong hash; sent once more."""
 
 
-def _until_done(attempt: Callable[[], None], progress: _Progress) -> None:
+def _until_done(
+    connection: Connection,
+    plan: Callable[[FarEnd], _Transfer],
+    move: Callable[[FarEnd, _Transfer, Moved], list[str]],
+    progress: _Progress,
+) -> None:
     failures = 0
     while True:
         moved = progress.total_moved
         try:
-            attempt()
+            _attempt(connection, plan, move, progress)
         except (ConnectionLost, _Damaged) as error:
             damaged = isinstance(error, _Damaged)
             failures = 1 if progress.total_moved > moved and not damaged else failures + 1
@@ -269,6 +258,25 @@ def _until_done(attempt: Callable[[], None], progress: _Progress) -> None:
         else:
             progress.end()
             return
+
+
+def _attempt(
+    connection: Connection,
+    plan: Callable[[FarEnd], _Transfer],
+    move: Callable[[FarEnd, _Transfer, Moved], list[str]],
+    progress: _Progress,
+) -> None:
+    """See what is missing, move it, and see that it has arrived as it was. Raises ConnectionLost, _Damaged."""
+    with connection.far_end() as far:
+        what = plan(far)
+        progress.begin(what.missing)
+        bad = move(far, what, progress.moved) if what.missing else []
+    if bad:
+        raise _Damaged(
+            f"{bad[0]}: its hash is wrong after the transfer",
+            "the file changed meanwhile, or a disk or the network is faulty",
+            "try again; check the disks if it happens again",
+        )
 
 
 @dataclass

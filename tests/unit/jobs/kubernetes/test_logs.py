@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, urlparse
 import pytest
 
 from trainway.errors import EnvironmentFault
-from trainway.jobs.kubernetes.cluster import Cluster
+from trainway.jobs.kubernetes.cluster import Cluster, Silence
 from trainway.jobs.kubernetes.logs import MOST_CUTS, job_log, pod_log
 
 pytest.importorskip("kubernetes")
@@ -192,3 +192,80 @@ def test_one_node_needs_no_name(serve: Any) -> None:
     _, cluster = serve({"w-0": LOG}, [])
     options: dict[str, Any] = {"nodes": 1, "follow": False, "tail": None, "is_over": lambda: True}
     assert list(job_log(cluster, "0badcafe", **options)) == TEXTS
+
+
+class Told:
+    """A cluster of one pod: what each connection to its log brings, and what the pod is afterwards."""
+
+    namespace = "default"
+
+    def __init__(self, connections: list[tuple[list[bytes], Exception | None]], pods: list[Any]) -> None:
+        self.connections, self.states = connections, pods
+
+    def log(self, pod: str, container: str, **asked: Any) -> Iterator[bytes]:
+        blocks, fault = self.connections.pop(0)
+        yield from blocks
+        if fault is not None:
+            raise fault
+
+    def find(self, kind: str, name: str) -> Any:
+        return self.states.pop(0)
+
+
+def state(uid: str, phase: str = "Running") -> dict[str, Any]:
+    return {"metadata": {"name": "w-0", "uid": uid}, "status": {"phase": phase}}
+
+
+def test_a_pod_may_say_nothing_for_hours() -> None:
+    silences: list[tuple[list[bytes], Exception | None]] = [([], Silence()) for _ in range(3 * MOST_CUTS)]
+    last = f"{LINES[0]}\n".encode()
+    cluster: Any = Told(
+        [*silences, ([last], None), ([last], None)], [state("a")] * 30 + [state("a", "Succeeded")]
+    )
+    assert list(pod_log(cluster, "w-0", follow=True, tail=None, uid="a", wait=lambda _: None)) == ["step 1"]
+
+
+def test_silence_in_the_middle_of_what_is_there_is_a_fault() -> None:
+    cluster: Any = Told([([], Silence()) for _ in range(MOST_CUTS + 1)], [])
+    with pytest.raises(EnvironmentFault, match="breaks off"):
+        list(pod_log(cluster, "w-0", follow=False, tail=None, wait=lambda _: None))
+
+
+def test_another_pod_of_the_same_name_is_another_pod() -> None:
+    """A StatefulSet makes a pod that was drained anew, under its name."""
+    cluster: Any = Told([([f"{LINES[0]}\n".encode()], None)], [state("b")])
+    assert list(pod_log(cluster, "w-0", follow=True, tail=None, uid="a", wait=lambda _: None)) == ["step 1"]
+
+
+def test_the_pod_that_replaces_one_of_its_name_is_followed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainway.jobs.kubernetes.logs.POLL_S", 0.01)
+
+    class Replaced:
+        namespace, uid = "default", "a"
+
+        def pod(self) -> dict[str, Any]:
+            found = state(self.uid, "Running" if self.uid == "a" else "Succeeded")
+            found["metadata"]["labels"] = {"trainway/role": "train"}
+            return found
+
+        def list(self, kind: str, labels: str) -> list[Any]:
+            return [self.pod()]
+
+        def log(self, pod: str, container: str, **asked: Any) -> Iterator[bytes]:
+            yield f"2026-01-01T00:00:00Z of pod {self.uid}\n".encode()
+
+        def find(self, kind: str, name: str) -> Any:
+            self.uid = "b"  # it was drained, and made anew elsewhere
+            return self.pod()
+
+    cluster: Any = Replaced()
+    lines = job_log(
+        cluster,
+        "0badcafe",
+        nodes=1,
+        follow=True,
+        tail=None,
+        is_over=lambda: cluster.uid == "b",
+        wait=lambda _: None,
+    )
+    assert list(lines) == ["of pod a", "of pod b"]

@@ -27,7 +27,7 @@ from trainway.jobs.record import Record
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 pytest.importorskip("kubernetes")
 
-VERSIONS = ("1.31", "1.34", "1.37")
+VERSIONS = ("1.31", pytest.param("1.34", marks=pytest.mark.slow), "1.37")
 SCHEMAS = functools.cache(kubernetes_validate.utils.schema_contents)
 MODELS = {
     "ConfigMap": "V1ConfigMap",
@@ -425,6 +425,8 @@ def test_what_is_no_reference_to_a_secret_is_refused(tmp_path: Path, text: str) 
         ({"kubernetes": {"kind": "statefulset", "queue": "a"}}, "no work for a queue"),
         ({"kubernetes": {"shm": "65Gi"}}, "/dev/shm is part of the pod's memory"),
         ({"kubernetes": {"memory": "64 Gi"}}, "it is a quantity of Kubernetes"),
+        ({"limits": {"hours": 1, "save_minutes": 20}}, "kill the pod while it saves"),
+        ({"kubernetes": {"cpu": "8", "cpu_limit": "7500m"}}, "cannot ask for more than it may use"),
     ],
 )  # fmt: skip
 def test_what_cannot_run_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -520,3 +522,44 @@ def test_a_trainjob_runs_the_same_pods(tmp_path: Path) -> None:
     assert train["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
     with pytest.raises(ConfigError, match="Kubeflow Trainer makes JobSets"):
         export_manifests(make_job(tmp_path), record, tmp_path / "other", trainjob=True)
+
+
+def test_the_pod_that_makes_a_volume_is_where_the_training_can_be(tmp_path: Path) -> None:
+    """A volume is often made in the zone of its first pod, and mounted nowhere else."""
+    zone = {"kubernetes": {"node_selector": {"gpu": "h100"}}}
+    new = KubernetesTarget().request(*asked(tmp_path, "upload", **zone))
+    assert only(new, "Pod")["spec"]["nodeSelector"] == {"gpu": "h100"}
+    there = KubernetesTarget().request(*asked(tmp_path, "upload", volume={"id": "data"}, **zone))
+    assert "nodeSelector" not in only(there, "Pod")["spec"]
+
+
+def test_cores_have_a_limit_where_the_quota_asks_for_one(tmp_path: Path) -> None:
+    found = KubernetesTarget().request(*asked(tmp_path, "upload", kubernetes={"cpu_limit": "16"}))
+    limits = [spec["containers"][0]["resources"]["limits"]["cpu"] for spec in pod_specs(found)]
+    assert limits == ["250m", "16"]
+    for spec in pod_specs(KubernetesTarget().request(*asked(tmp_path, "upload"))):
+        assert "cpu" not in spec["containers"][0]["resources"]["limits"]
+
+
+def test_a_secret_in_the_place_of_a_variable_of_ours_is_there_once(tmp_path: Path) -> None:
+    found = KubernetesTarget().request(*asked(tmp_path, secrets={"HF_HOME": "hub/home"}))
+    env = only(found, "Job")["spec"]["template"]["spec"]["containers"][0]["env"]
+    assert [one for one in env if one["name"] == "HF_HOME"] == [
+        {"name": "HF_HOME", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "home"}}}
+    ]
+
+
+def test_a_source_is_not_passed_over(tmp_path: Path) -> None:
+    """Nothing is installed in a pod: what the job file names would not be what runs."""
+    for source in (".", "trainway==1.0"):
+        with pytest.raises(ConfigError, match="source is") as caught:
+            make_job(tmp_path, source=source)
+        assert "build the image" in caught.value.fix
+    job = make_job(tmp_path)
+    with pytest.raises(ConfigError, match=r"source is \.\./trainway"):
+        build(replace(job, spec=job.spec.model_copy(update={"source": "../trainway"})), make_record(job))
+
+
+def asked(folder: Path, name: str = "cpu", **changes: Any) -> tuple[Any, Record]:
+    job = make_job(folder, name, **changes)
+    return job, make_record(job)

@@ -212,3 +212,21 @@ def test_a_port_that_is_taken_is_named() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(EnvironmentFault, match=f"the port {port} of this machine is taken"):
             shell._listen(port)
+
+
+def test_a_right_to_get_in_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the status stand the answer's headers, whatever is in them."""
+    from kubernetes import client, stream
+    from kubernetes.client.exceptions import ApiException
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise ApiException(
+            status=0, reason="Handshake status 403 Forbidden -+-+- {'x': 'canary'} -+-+- b'no'"
+        )
+
+    monkeypatch.setattr(stream, "stream", refused)
+    cluster = Cluster(client.ApiClient(client.Configuration(host="http://127.0.0.1:9")), "training")
+    with pytest.raises(EnvironmentFault, match="cannot get into the pod w-0") as caught:
+        output(cluster, "w-0", ["true"])
+    assert caught.value.why == "Handshake status 403 Forbidden"
+    assert "get and create pods/exec in training" in caught.value.fix and "canary" not in str(caught.value)

@@ -25,7 +25,7 @@ from tests.unit.jobs.kubernetes.material import (
     waiting,
 )
 from trainway.errors import ConfigError, DataError, EnvironmentFault
-from trainway.jobs.kubernetes.cluster import Cluster, connect, refusal
+from trainway.jobs.kubernetes.cluster import Cluster, connect, refusal, right
 from trainway.jobs.kubernetes.names import Names
 from trainway.jobs.kubernetes.target import KubernetesTarget
 from trainway.jobs.record import Record, load_record
@@ -77,6 +77,18 @@ def started(world: World, folder: Path, name: str = "cpu", **changes: Any) -> tu
     record = make_record(job)
     world.events = [world.make(pod(job, record, index, **RUNNING)) for index in range(job.spec.nodes)]
     return job, world.up(job, record), Names.of(record).base
+
+
+def warning(name: str, reason: str, message: str) -> dict[str, Any]:
+    """An event of what the cluster could not do."""
+    return {
+        "kind": "Event",
+        "metadata": {"name": f"{name}.{reason.lower()}", "namespace": "default"},
+        "type": "Warning",
+        "involvedObject": {"name": name},
+        "reason": reason,
+        "message": message,
+    }
 
 
 def condition(name: str) -> dict[str, Any]:
@@ -501,7 +513,7 @@ def test_no_kubeconfig(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ("status", "kind", "fix"),
     [
         (401, EnvironmentFault, "log in again"),
-        (403, EnvironmentFault, "ask for this right"),
+        (403, EnvironmentFault, "ask for the right to create jobs.batch"),
         (422, ConfigError, "correct the job file"),
         (500, EnvironmentFault, "try again"),
     ],
@@ -514,3 +526,132 @@ def test_refusals_say_what_to_do(status: int, kind: type[Exception], fix: str) -
 
 def test_hostile_names_stay_in_the_path(world: World) -> None:
     assert world.cluster.find("Pod", "../../secrets/hub;$(touch x)") is None
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "said"),
+    [
+        ("GET", "/api/v1/namespaces/training/pods", "list pods in training"),
+        ("GET", "/api/v1/namespaces/training/pods/p-0", "get pods in training"),
+        ("GET", "/api/v1/namespaces/training/pods/p-0/log", "get pods/log in training"),
+        ("POST", "/apis/batch/v1/namespaces/training/jobs", "create jobs.batch in training"),
+        ("PATCH", "/apis/apps/v1/namespaces/a/statefulsets/x", "patch statefulsets.apps in a"),
+        (
+            "DELETE",
+            "/apis/jobset.x-k8s.io/v1alpha2/namespaces/a/jobsets/x",
+            "delete jobsets.jobset.x-k8s.io in a",
+        ),
+        ("GET", "/apis/batch/v1/jobs", "list jobs.batch in all namespaces"),
+    ],
+)
+def test_a_right_that_is_missing_is_named(method: str, path: str, said: str) -> None:
+    assert right(method, path) == said
+    assert f"ask for the right to {said} " in refusal(method, path, 403, b"").fix  # type: ignore[attr-defined]
+
+
+def test_pods_that_do_not_come_are_left_and_told(world: World, tmp_path: Path) -> None:
+    job = make_job(tmp_path, gpus=["L40S"], limits={"hours": 4, "start_minutes": 2})
+    record = make_record(job)
+    now = [1000.0]
+    world.target._now = lambda: now[0]
+
+    def pass_time() -> None:
+        now[0] += 61
+
+    world.events = [
+        world.make(pod(job, record, **UNSCHEDULABLE)), pass_time,
+        world.make(warning(f"{Names.of(record).base}-train-0", "FailedScheduling", "0/3 nodes")), pass_time,
+    ]  # fmt: skip
+    with pytest.raises(EnvironmentFault, match="has not come within 2 minutes") as caught:
+        world.up(job, record)
+    assert (
+        "Insufficient nvidia.com/gpu" in caught.value.why
+        and "FailedScheduling: 0/3 nodes" in caught.value.why
+    )
+    assert "trainway down tune-7b" in caught.value.fix
+    assert world.count()["Job"] == 1 and world.count()["Pod"] == 1
+    assert any("1 of 2 minutes" in line for line in world.said)
+    # the cluster finds room after all
+    world.events = [world.change("Pod", f"{Names.of(record).base}-train-0", status=RUNNING)]
+    assert world.up(job, load_record(job.spec.name)).phase == "up"
+
+
+def test_an_upload_pod_that_does_not_come_is_ended(world: World, tmp_path: Path) -> None:
+    job = make_job(tmp_path, "upload", limits={"hours": 4, "start_minutes": 1})
+    record = make_record(job)
+    now = [1000.0]
+    world.target._now = lambda: now[0]
+    world.events = [lambda: now.__setitem__(0, now[0] + 61)]
+    with pytest.raises(EnvironmentFault, match="has not come within 1 minutes"):
+        world.up(job, record)
+    assert world.count() == {"ConfigMap": 1, "PersistentVolumeClaim": 1, "Service": 1}
+
+
+def test_a_quota_that_refuses_the_pods_is_told_of_their_job(world: World, tmp_path: Path) -> None:
+    """Where no pod is made there is none to be asked: the cluster tells it of the Job."""
+    job = make_job(tmp_path)
+    record = make_record(job)
+    base = Names.of(record).base
+    over = "pods is forbidden: exceeded quota: gpus, requested: 1, used: 8, limited: 8"
+    world.events = [
+        world.make(warning(base, "FailedCreate", over)),
+        world.make(warning(f"{base}x", "FailedCreate", f"{base}x: must specify limits.cpu for: trainway")),
+    ]
+    with pytest.raises(EnvironmentFault, match="makes no pod") as caught:
+        world.up(job, record)
+    assert any(over in line for line in world.said) and "must specify limits.cpu" in caught.value.why
+
+
+def test_what_was_refused_before_is_not_taken_for_now(world: World, tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    record = make_record(job)
+    base = Names.of(record).base
+    world.cluster.create(warning(base, "FailedCreate", "violates PodSecurity"))
+    world.events = [lambda: None, world.make(pod(job, record, **RUNNING))]
+    assert world.up(job, record).phase == "up"
+
+
+def test_a_second_job_of_the_name_does_not_write_to_the_claim(world: World, tmp_path: Path) -> None:
+    job, _, base = started(world, tmp_path)
+    with pytest.raises(ConfigError, match="another job called tune-7b") as caught:
+        world.up(job, make_record(job, "feedf00d"))
+    assert base in caught.value.what and world.count()["Job"] == 1
+    world.cluster.patch("Job", base, {"status": condition("Complete")})
+    other = make_record(job, "feedf00d")
+    world.events = [world.make(pod(job, other, **RUNNING))]
+    assert world.up(job, other).phase == "up"
+
+
+def test_a_job_that_is_there_says_what_it_was_made_with(world: World, tmp_path: Path) -> None:
+    _, record, _ = started(world, tmp_path)
+    job = make_job(tmp_path, image="registry.example/trainway:0.2")
+    world.up(job, record)
+    assert any("as it was made, with image registry.example/trainway:0.1" in line for line in world.said)
+
+
+def test_down_waits_for_all_that_it_deletes(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, record, base = started(world, tmp_path)
+    delete = Cluster.delete
+
+    def held(cluster: Cluster, kind: str, name: str) -> bool:
+        return True if kind == "Service" else delete(cluster, kind, name)  # a finalizer holds it
+
+    monkeypatch.setattr(Cluster, "delete", held)
+    world.events = [
+        lambda: delete(world.cluster, "Pod", f"{base}-train-0"),
+        lambda: delete(world.cluster, "Service", base),
+    ]
+    assert world.target.down(record, world.said.append).phase == "ended"
+    assert world.events == [] and world.count() == {"PersistentVolumeClaim": 1}
+
+
+def test_what_others_have_made_is_no_stray(world: World, tmp_path: Path) -> None:
+    _, record, base = started(world, tmp_path)
+    (stray,) = world.target.strays([])
+    assert stray.name == base and stray.why == "no job of this machine is called so"
+    for mark in ("0123456789abcdef", None):  # of another machine's Trainway; of nobody knows whom
+        world.cluster.patch("Job", base, {"metadata": {"labels": {"trainway/origin": mark}}})
+        assert world.target.strays([]) == []
+    assert world.target.strays([replace(record, phase="ended")])[0].why == "its job has ended"

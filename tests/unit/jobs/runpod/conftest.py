@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from trainway.jobs.orders import Orders, PodState
 from trainway.jobs.record import Record, new_record, save_record
 from trainway.jobs.runpod.api import Api
 from trainway.jobs.runpod.clock import Clock
+from trainway.jobs.runpod.keys import key_file
 from trainway.jobs.runpod.target import RunPodTarget
 from trainway.jobs.spec import JobSpec
 from trainway.jobs.target import Job
@@ -102,9 +104,19 @@ def time_() -> Time:
     return Time()
 
 
+@pytest.fixture(scope="session")
+def made_key(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a key pair: made once, it is the same to every test but the one of its making."""
+    path = tmp_path_factory.mktemp("ssh")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRAINWAY_HOME", str(path))
+        return key_file().parent
+
+
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path: Path, made_key: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "home"
+    shutil.copytree(made_key, path / "ssh")
     monkeypatch.setenv("TRAINWAY_HOME", str(path))
     return path
 

@@ -141,3 +141,22 @@ def test_catalogue_keys_volumes(api: Api, fake: FakeRunPod) -> None:
     assert api.find_volume(volume.id) == volume and api.list_volumes() == [volume]
     api.delete_volume(volume.id)
     assert api.find_volume(volume.id) is None
+
+
+def test_no_part_of_the_key_is_in_what_is_cut_off(
+    api: Api, fake: FakeRunPod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer that is no JSON repeats the request, and its text is cut in the middle of the key."""
+    import httpx
+
+    for before in range(170, 201):
+        answer = httpx.Response(403, text="x" * before + KEY + "y")
+        monkeypatch.setattr(api._client, "request", lambda *_, answer=answer, **__: answer)
+        with pytest.raises(Refused) as caught:
+            api.list_pods()
+        assert KEY[:8] not in str(caught.value), before
+    answer = httpx.Response(429, text="slow", headers={"Retry-After": f"99999 {KEY}"})
+    monkeypatch.setattr(api._client, "request", lambda *_, **__: answer)
+    with pytest.raises(Refused) as caught:
+        api.list_pods()
+    assert KEY[:8] not in str(caught.value)

@@ -172,13 +172,20 @@ def test_strays(
     shells.states = [state(time_)]
     assert target.strays([record]) == []
     body = pod["body"]
-    for name in ("trainway-other-0a0b0c0d", "somebody-elses"):
-        fake._new_pod({**body, "name": name}, pod["gpu"]["id"], 1, None, "SECURE")
+    # of a name of ours; of no such name; of one that somebody gave by hand; of somebody else's Trainway; of no mark
+    other = {**body, "name": "trainway-other-0a0b0c0d"}
+    theirs = {**body["env"], "TRAINWAY_ORIGIN": "0123456789abcdef"}
+    unmarked = {key: value for key, value in body["env"].items() if key != "TRAINWAY_ORIGIN"}
+    for one in (
+        other, {**body, "name": "somebody-elses"}, {**body, "name": "trainway-test"}, {**other, "env": theirs},
+        {**other, "env": unmarked},
+    ):  # fmt: skip
+        fake._new_pod(one, pod["gpu"]["id"], 1, None, "SECURE")
     (stray,) = target.strays([record])
     assert (stray.name, stray.why) == ("trainway-other-0a0b0c0d", "no job of this machine is called so")
     assert stray.dollars_per_hour == 3.99
     target.end_stray(stray)
-    assert target.strays([record]) == [] and len(fake.alive()) == 2
+    assert target.strays([record]) == [] and len(fake.alive()) == 5
 
     def why(**changes: Any) -> str:
         found = target.strays([record.with_(**changes)])
@@ -210,3 +217,58 @@ def test_a_cluster_is_a_stray_too(target: RunPodTarget, fake: FakeRunPod, tmp_pa
     assert stray.id.startswith("cluster/") and stray.dollars_per_hour == pytest.approx(7.98)
     target.end_stray(stray)
     assert fake.clusters == {} and fake.alive() == [] and target.strays([]) == []
+
+
+def test_a_machine_whose_answers_cannot_be_read_is_ended_all_the_same(
+    target: RunPodTarget, fake: FakeRunPod, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = started(target, tmp_path, **NO_VOLUME)
+    shown = fake._shown
+    monkeypatch.setattr(fake, "_shown", lambda pod: {**shown(pod), "status": "HIBERNATING"})
+    monkeypatch.setattr(fake, "_checked", lambda method, path, answer: answer)
+    assert target.down(record, said.append).phase == "ended" and fake.alive() == []
+
+
+def test_another_account_s_word_is_not_taken(
+    target: RunPodTarget, fake: FakeRunPod, tmp_path: Path, said: list[str]
+) -> None:
+    record = started(target, tmp_path, **NO_VOLUME)
+    pods, keys = dict(fake.pods), list(fake.keys)
+    fake.pods.clear()
+    fake.keys = ["ssh-rsa AAAAB3NzaC1yc2E= other@account"]
+    for verb in (target.down, target.stop):
+        with pytest.raises(EnvironmentFault, match="another account") as caught:
+            verb(record, said.append)
+        assert "--forget" in caught.value.fix
+    found = find_record("tune")
+    assert found is not None and found.phase == "up"
+    # a key that was taken out by hand keeps nothing alive
+    fake.pods.update(pods)
+    assert target.down(record, said.append).phase == "ended" and fake.alive() == []
+    fake.keys = keys
+
+
+def test_a_pod_that_was_stopped_and_started_is_billed_once(
+    target: RunPodTarget, fake: FakeRunPod, time_: Time, tmp_path: Path, said: list[str]
+) -> None:
+    record = target.stop(started(target, tmp_path, **NO_VOLUME), said.append)
+    time_.now += 3600
+    record = target.up(make_job(tmp_path, **NO_VOLUME), record, said.append)
+    assert len(record.place["spans"]) == 2
+    fake.bills = {record.place["id"]: [0.1, 0.1, 0.1, 1.999]}
+    assert target.cost(record).billed == 2.299  # to the cent, and beyond
+
+
+def test_cost_without_the_bill(
+    target: RunPodTarget, fake: FakeRunPod, time_: Time, tmp_path: Path, said: list[str]
+) -> None:
+    record = started(target, tmp_path, **NO_VOLUME)
+    time_.now = record.place["spans"][0]["began"] + 3600
+    fake.fail("GET", "/billing/pods", 403, "access denied")
+    found = target.cost(record)
+    assert found.billed is None and found.estimated == pytest.approx(3.99)
+    assert (
+        "the bill of pod" in found.note
+        and "access denied" in found.note
+        and "nothing is billed" not in found.note
+    )

@@ -32,9 +32,9 @@ def test_cut_after_every_line(api: Api, fake: FakeRunPod, repeats: bool) -> None
     fake.repeats_moment = repeats
     fake.log_cuts = [0, 1, 2, 3, 4, 3, 5, 9]
     assert read(api, pod_id) == lines
-    assert [last for _, last in fake.log_requests][:3] == [None, None, MOMENTS[0]]
+    assert [last for _, last in fake.log_requests][:4] == [None, None, None, MOMENTS[0]]
     assert fake.log_requests[0][0] == {"source": "container", "since": "2027-01-15T08:00:00Z"}
-    assert fake.log_requests[2][0] == {"source": "container"}
+    assert fake.log_requests[3][0] == {"source": "container"}
 
 
 @pytest.mark.parametrize("repeats", [False, True])
@@ -91,3 +91,40 @@ def test_a_log_that_cannot_be_had(api: Api, fake: FakeRunPod) -> None:
     fake.fail("GET", f"/pods/{pod_id}/logs", 403, "not yours")
     with pytest.raises(Refused, match="log"):
         read(api, pod_id)
+
+
+def test_cut_within_the_first_moment(api: Api, fake: FakeRunPod) -> None:
+    """No moment is before it, and a server that goes on after the one that it is told would pass over the rest."""
+    moment = "2027-01-15T08:00:00Z"
+    for cut in range(1, 4):
+        pod_id = running(api, fake, [(moment, "a"), (moment, "b"), (moment, "b"), (moment, "c")])
+        fake.log_cuts = [cut]
+        assert read(api, pod_id) == ["a", "b", "b", "c"], cut
+
+
+def test_a_log_that_is_not_there_yet_is_waited_for(api: Api, fake: FakeRunPod) -> None:
+    pod_id = running(api, fake, [(MOMENTS[0], "first")])
+    fake.fail("GET", f"/pods/{pod_id}/logs", 404, "no log yet")
+    assert read(api, pod_id) == ["first"]
+    fake._set(fake.pods[pod_id], "TERMINATED")
+    pod = api.create_pod(BODY)
+    fake._set(fake.pods[pod.id], "TERMINATED")
+    assert list(pod_lines(api, pod, follow=True, tail=None)) == []
+
+
+def test_silence_before_the_answer_is_no_empty_log(
+    api: Api, fake: FakeRunPod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import httpx
+
+    pod_id = running(api, fake, [(MOMENTS[0], "first")])
+    stream, waits = api._client.stream, []
+
+    def slow(*arguments: object, timeout: httpx.Timeout, **more: object) -> object:
+        waits.append(timeout.read)
+        if len(waits) < 3:
+            raise httpx.ReadTimeout("no answer")
+        return stream(*arguments, timeout=timeout, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(api._client, "stream", slow)
+    assert read(api, pod_id) == ["first"] and waits == [3.0, 6.0, 9.0]

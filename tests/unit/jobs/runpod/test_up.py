@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,9 @@ def test_up_from_nothing(
 
 
 def test_the_key_joins_those_of_the_account(
-    target: RunPodTarget, fake: FakeRunPod, tmp_path: Path, said: list[str]
+    target: RunPodTarget, fake: FakeRunPod, home: Path, tmp_path: Path, said: list[str]
 ) -> None:
+    shutil.rmtree(home / "ssh")  # it is made here
     before = list(fake.keys)
     job = make_job(tmp_path)
     record = target.up(job, make_record(job), said.append)
@@ -166,16 +168,40 @@ def test_the_limit_in_dollars_is_a_highest_price(
     assert "the highest allowed is $3.00" in caught.value.why and ids(fake) == []
 
 
-def test_a_pod_dearer_than_the_catalogue_is_given_back(
+def test_a_pod_dearer_than_allowed_is_given_back(
     target: RunPodTarget, fake: FakeRunPod, tmp_path: Path, said: list[str]
 ) -> None:
     fake.surcharge = 1.5
-    job = make_job(tmp_path, gpus=[{"name": "H100 SXM", "max_price": 4}, {"name": "A100 80GB"}], **NO_VOLUME)
+    gpus = [{"name": "H100 SXM", "max_price": 4}, {"name": "A100 80GB", "max_price": 1.8}]
+    job = make_job(tmp_path, gpus=gpus, **NO_VOLUME)
+    with pytest.raises(EnvironmentFault, match="no candidate"):
+        target.up(job, make_record(job), said.append)
+    assert ids(fake) == [H100, A100] and fake.alive() == []
+    assert any("the most allowed is $4.20" in line for line in said)
+
+
+def test_a_pod_that_got_dearer_is_told_its_real_price(
+    target: RunPodTarget, fake: FakeRunPod, tmp_path: Path, said: list[str]
+) -> None:
+    """It ends itself when its dollars are spent: by the price in its orders, which are made before it is."""
+    fake.surcharge = 1.5
+    job = make_job(tmp_path, gpus=[{"name": "A100 80GB", "count": 2}], **NO_VOLUME)
     record = target.up(job, make_record(job), said.append)
-    assert ids(fake) == [H100, A100] and len(fake.alive()) == 1
-    assert record.place["id"] == fake.alive()[0]["id"] and any(
-        "the most allowed is $4.20" in line for line in said
-    )
+    first, second = fake.asked("POST", "/pods")
+    assert '"dollars_per_hour":3.58,' in first["env"]["TRAINWAY_ORDERS"]
+    assert '"dollars_per_hour":5.37,' in second["env"]["TRAINWAY_ORDERS"]
+    assert len(fake.alive()) == 1 and record.dollars_per_hour == pytest.approx(5.37)
+    assert [span["dollars_per_hour"] for span in record.place["spans"]] == pytest.approx([3.58, 5.37])
+
+
+def test_what_a_pod_costs_with_its_disk_is_what_is_counted(
+    target: RunPodTarget, fake: FakeRunPod, tmp_path: Path, said: list[str]
+) -> None:
+    fake.surcharge = 1.02
+    job = make_job(tmp_path, **NO_VOLUME)
+    record = target.up(job, make_record(job), said.append)
+    assert len(ids(fake)) == 1 and record.dollars_per_hour == pytest.approx(4.0698)
+    assert record.place["spans"][0]["dollars_per_hour"] == pytest.approx(4.0698)
 
 
 @pytest.mark.parametrize("status", [None, 502])
@@ -264,22 +290,17 @@ def test_a_pod_in_error_is_ended_and_the_next_candidate_asked(
 
 
 def test_a_pod_that_never_runs_is_ended(
-    target: RunPodTarget,
-    fake: FakeRunPod,
-    time_: Time,
-    tmp_path: Path,
-    said: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    target: RunPodTarget, fake: FakeRunPod, time_: Time, tmp_path: Path, said: list[str]
 ) -> None:
-    monkeypatch.setattr("trainway.jobs.runpod.machines.START_MINUTES", 2.0)
     fake.lives = [["STARTING"], ["STARTING"]]
-    job = make_job(tmp_path)
+    job = make_job(tmp_path, limits={"start_minutes": 2.0})
     began = time_.now
     with pytest.raises(EnvironmentFault, match="no candidate") as caught:
         target.up(job, make_record(job), said.append)
     # one for each data centre
-    assert caught.value.why.count("still STARTING after 2 minutes") == 2
+    assert caught.value.why.count("still STARTING after 2 minutes (limits.start_minutes)") == 2
     assert len(fake.pods) == 2 and fake.alive() == [] and fake.volumes == {}
+    assert any(line.startswith("waiting for pod pod") and "1 of 2 minutes" in line for line in said)
     assert time_.slept.count(5.0) == 2 * 24 and time_.now - began >= 240
 
 
@@ -376,3 +397,116 @@ def test_a_cluster(
     assert list(target.logs(record, follow=False, tail=10)) == ["[node 0] I am 0", "[node 1] I am 1"]
     record = target.down(record, said.append)
     assert fake.clusters == {} and fake.alive() == [] and record.phase == "ended"
+
+
+def test_a_pod_that_shows_in_the_list_late_is_no_second_one(
+    target: RunPodTarget, fake: FakeRunPod, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer is lost, and the list does not show what was made until the next one runs."""
+    fake.fail("POST", "/pods", None, after=True)
+    alive, looks = fake.alive, 0
+
+    def late() -> list[dict[str, Any]]:
+        nonlocal looks
+        looks += 1
+        return [] if looks <= 2 else alive()
+
+    monkeypatch.setattr(fake, "alive", late)
+    job = make_job(tmp_path, **NO_VOLUME)
+    record = target.up(job, make_record(job), said.append)
+    assert len(ids(fake)) == 2
+    assert [pod["id"] for pod in alive()] == [record.place["id"]] == ["pod2"]
+    assert "pod pod1 is a second one of this job: ended" in said
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_cluster_whose_pods_cannot_be_seen_is_no_refused_one(
+    target: RunPodTarget, fake: FakeRunPod, tmp_path: Path, said: list[str], status: int
+) -> None:
+    job = make_job(tmp_path, nodes=2, gpus=TWO)
+    fake.fail("GET", "/clusters/cl2/pods", status, "not yet")
+    if status == 403:
+        with pytest.raises(Refused, match="cluster's pods"):
+            target.up(job, make_record(job), said.append)
+        # it is noted, and so is its volume: nothing else was rented, and `up` goes on with it
+        found = find_record("tune")
+        assert found is not None and found.place["id"] == "cl2" and len(fake.volumes) == 1
+        target.up(job, found, said.append)
+    else:
+        target.up(job, make_record(job), said.append)
+    assert len(fake.clusters) == 1 and len(fake.asked("POST", "/clusters")) == 1
+    assert len(fake.asked("POST", "/network-volumes")) == 1
+
+
+def test_a_cluster_that_comes_in_part_is_ended(
+    target: RunPodTarget, fake: FakeRunPod, tmp_path: Path, said: list[str]
+) -> None:
+    fake.lives = [["PROVISIONING", "RUNNING"], ["PROVISIONING"]]
+    job = make_job(tmp_path, nodes=2, limits={"start_minutes": 1.0}, runpod={"data_centers": ["EU-RO-1"]})
+    with pytest.raises(EnvironmentFault, match="no candidate") as caught:
+        target.up(job, make_record(job), said.append)
+    assert "was still PROVISIONING after 1 minutes (limits.start_minutes)" in caught.value.why
+    assert fake.clusters == {} and fake.alive() == [] and fake.volumes == {}
+
+
+def test_a_cluster_that_has_lost_a_node_does_not_run(
+    target: RunPodTarget, fake: FakeRunPod, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tmp_path, nodes=2)
+    record = target.up(job, make_record(job), said.append)
+    pods = list(fake.pods.values())
+    pods[1]["status"], pods[1]["life"] = "TERMINATED", ["TERMINATED"]
+    monkeypatch.setattr(fake, "alive", lambda: pods)  # still listed
+    assert target.status(record).machine == "failed"
+
+
+def test_a_network_that_fails_while_a_pod_starts_is_waited_for(
+    target: RunPodTarget, fake: FakeRunPod, tmp_path: Path, said: list[str]
+) -> None:
+    for _ in range(7):
+        fake.fail("GET", "/pods/pod1", 503, "down for repair")
+    job = make_job(tmp_path, **NO_VOLUME)
+    assert target.up(job, make_record(job), said.append).phase == "up"
+    assert len(fake.alive()) == 1 and any(
+        "down for repair" in line and "asked again" in line for line in said
+    )
+
+
+def test_a_pod_that_was_there_and_does_not_come_is_left(
+    target: RunPodTarget, fake: FakeRunPod, tmp_path: Path, said: list[str]
+) -> None:
+    job = make_job(tmp_path, limits={"start_minutes": 1.0}, **NO_VOLUME)
+    record = target.up(job, make_record(job), said.append)
+    fake._set(fake.pods["pod1"], "STARTING")
+    with pytest.raises(EnvironmentFault, match="pod pod1 has not come within 1 minutes") as caught:
+        target.up(job, record, said.append)
+    assert "still STARTING" in caught.value.why and "trainway down tune" in caught.value.fix
+    assert [pod["id"] for pod in fake.alive()] == ["pod1"] and len(ids(fake)) == 1
+
+
+def test_what_others_have_on_the_account_keeps_nothing_of_ours(
+    target: RunPodTarget, fake: FakeRunPod, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pod of somebody else in a state that nobody has documented."""
+    job = make_job(tmp_path, **NO_VOLUME)
+    record = target.up(job, make_record(job), said.append)
+    shown = fake._shown
+    theirs = {
+        **shown(fake.pods["pod1"]),
+        "id": "x",
+        "name": "trainwayless",
+        "status": "MIGRATING",
+        "cost": None,
+    }
+    do = fake._do
+
+    def answer(method: str, path: str, query: Any, body: Any) -> Any:
+        found = do(method, path, query, body)
+        if (method, path) == ("GET", "/pods"):
+            found[1]["pods"].append(theirs)
+        return found
+
+    monkeypatch.setattr(fake, "_do", answer)
+    monkeypatch.setattr(fake, "_checked", lambda method, path, answer: answer)
+    assert target.strays([record]) == []
+    assert target.down(record, said.append).phase == "ended" and fake.alive() == []

@@ -5,16 +5,22 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import stat
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.sshd import Server
-from trainway.errors import ConfigError, DataError
+from tests.sshd import Server, needs_sshd, new_server, plain_environment
+from trainway.errors import ConfigError, DataError, EnvironmentFault, ExitCode
 from trainway.jobs.shell import far_end, transfer
+from trainway.jobs.shell.command import ConnectionLost
 from trainway.jobs.shell.connection import Connection
 from trainway.jobs.shell.far_end import PART, Refused, receive, tail_offset
 
@@ -99,6 +105,91 @@ def test_an_upload_that_is_cut_goes_on_where_it_was(
     assert (tmp_path / "there" / "big").read_bytes() == (tmp_path / "big").read_bytes()
     assert not part.exists()
     assert any(line.startswith("goes on after ") for line in said), said
+
+
+def test_an_upload_whose_machine_is_gone_is_given_up_and_the_next_goes_on(
+    server: Server, connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "RETRY_S", (0.01,) * 3)
+    (tmp_path / "big").write_bytes(os.urandom(32 << 20))
+    part = tmp_path / "there" / f"big{PART}"
+
+    def stop() -> None:
+        if part.exists() and part.stat().st_size > 4 << 20 and server.process is not None:
+            server.stop()
+
+    moved = transfer._Progress.moved
+    monkeypatch.setattr(transfer._Progress, "moved", lambda self, size: (stop(), moved(self, size))[1])
+    said: list[str] = []
+    with pytest.raises(ConnectionLost, match="cannot be reached by SSH") as lost:
+        connection.upload(tmp_path / "big", str(tmp_path / "there" / "big"), said.append)
+    assert lost.value.code == ExitCode.ENVIRONMENT
+    assert not (tmp_path / "there" / "big").exists() and part.stat().st_size > 4 << 20
+    monkeypatch.undo()
+    server.start()
+    said.clear()
+    connection.upload(tmp_path / "big", str(tmp_path / "there" / "big"), said.append)
+    assert said[0].startswith("goes on after ") and not part.exists()
+    assert (tmp_path / "there" / "big").read_bytes() == (tmp_path / "big").read_bytes()
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A file system of its own at `folder`, which only root may have."""
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "test", str(folder)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full_there_ends_it_and_room_lets_it_go_on(
+    connection: Connection, tmp_path: Path
+) -> None:
+    source, there = tmp_path / "source", tmp_path / "there"
+    source.mkdir()
+    for name in ("first", "second"):
+        (source / name).write_bytes(os.urandom(3 << 20))
+    with small_disk(there, "5m"):
+        with pytest.raises(EnvironmentFault, match="No space left on device") as full:
+            connection.upload(source, str(there), nothing)
+        assert f"{there}/second{PART}: " in full.value.what and full.value.code == ExitCode.ENVIRONMENT
+        assert (there / "first").read_bytes() == (source / "first").read_bytes()
+        assert not (there / "second").exists()  # nothing that is not whole has its name
+        subprocess.run(["mount", "-o", "remount,size=20m", str(there)], check=True)
+        said: list[str] = []
+        connection.upload(source, str(there), said.append)
+        assert said[0].startswith("goes on after ")
+        assert (there / "second").read_bytes() == (source / "second").read_bytes()
+
+
+def test_a_file_that_the_system_there_refuses_is_named_and_not_tried_again(tmp_path: Path) -> None:
+    """A limit on the size of files is what anybody may set: as with a full disk, a write fails half way."""
+    needs_sshd()
+    shims = tmp_path / "shims"
+    shims.mkdir()
+    (shims / "python3").write_text(f'#!/bin/sh\nulimit -f 2048\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (shims / "python3").chmod(0o755)
+    server = new_server(
+        tmp_path / "sshd", plain_environment(tmp_path / "home", PATH=f"{shims}:/usr/bin:/bin")
+    )
+    (tmp_path / "big").write_bytes(os.urandom(8 << 20))
+    server.start()
+    try:
+        connection = Connection(server.address, tmp_path / "known_hosts")
+        said: list[str] = []
+        with pytest.raises(EnvironmentFault, match="File too large") as refused:
+            connection.upload(tmp_path / "big", str(tmp_path / "there" / "big"), said.append)
+    finally:
+        server.stop()
+    assert f"{tmp_path}/there/big{PART}: " in refused.value.what
+    assert not isinstance(refused.value, ConnectionLost) and not any("going on in" in line for line in said)
+    assert not (tmp_path / "there" / "big").exists()
 
 
 def test_a_damaged_part_is_not_built_upon(connection: Connection, tmp_path: Path) -> None:
