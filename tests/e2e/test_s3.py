@@ -75,7 +75,15 @@ def some_bytes(size: int, seed: int = 1) -> bytes:
     return random.Random(seed).randbytes(size)
 
 
-@pytest.mark.parametrize("fault", ["500", "503", "429", "cut request", "lost answer", "wrong etag"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "503",
+        "lost answer",
+        "wrong etag",
+        *(pytest.param(it, marks=pytest.mark.slow) for it in ("500", "429", "cut request")),
+    ],
+)
 def test_writing_small_and_large_objects_survives(faults: Faults, tmp_path: Path, fault: Fault) -> None:
     data, store = some_bytes(2 * BLOCK + 77), store_at("w")
     (tmp_path / "big").write_bytes(data)
@@ -202,8 +210,14 @@ def follow(run: Path, *, every: float = 0.2) -> subprocess.Popen[bytes]:
 
 @pytest.mark.parametrize(
     ("method", "part", "spared"),
-    [("PUT", "partNumber=2", 0), ("PUT", "step-20/optimizer", 0), ("PUT", "step-20/manifest.json", 0), ("PUT", "checkpoints/latest", 1)],
-)  # fmt: skip
+    [
+        pytest.param("PUT", "partNumber=2", 0, marks=pytest.mark.slow),
+        ("PUT", "step-20/optimizer", 0),
+        # these two are killed at in tests/unit/storage/test_sync.py too, by an exception
+        pytest.param("PUT", "step-20/manifest.json", 0, marks=pytest.mark.slow),
+        pytest.param("PUT", "checkpoints/latest", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_kill_9_in_the_middle_and_once_more(
     faults: Faults, tmp_path: Path, method: str, part: str, spared: int
 ) -> None:
@@ -244,6 +258,7 @@ def test_sigterm_is_one_last_pass_and_nothing_told(faults: Faults, tmp_path: Pat
     assert CANARY.encode() not in said + copied
 
 
+@pytest.mark.slow
 def test_prepare_reads_from_the_bucket_once(
     faults: Faults, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +282,7 @@ def test_prepare_reads_from_the_bucket_once(
     assert "cached" in run_cli("prepare", path, "--json").stdout
 
 
+@pytest.mark.slow
 def test_a_run_restored_elsewhere_goes_on_as_if_never_stopped(
     faults: Faults, corpus: Path, store_dir: Path, tmp_path: Path
 ) -> None:

@@ -41,6 +41,12 @@ class Ledger:
     abandoned: list[int] = field(default_factory=list)
     """Steps whose checkpoints there are of a past that the run has turned away from."""
     copies: dict[str, Copy] = field(default_factory=dict)
+    generation: int = 0
+    """How often the run was brought back from here and went on: the newest of its directories alone writes here."""
+    writer: str = ""
+    """Which of the directories of one generation; empty for the first."""
+    entry: Entry | None = None
+    """How the store has this ledger itself: another one there is another writer's."""
     _saved: float = 0.0
     _unsaved: bool = True
 
@@ -88,9 +94,11 @@ class Ledger:
             "id": self.id,
             "complete": self.complete,
             "abandoned": self.abandoned,
+            "generation": self.generation,
+            "writer": self.writer,
             "files": {name: [copy.size, copy.xxh3, copy.etag] for name, copy in sorted(self.copies.items())},
         }
-        store.put(LEDGER, Content.of_bytes((json.dumps(body, indent=1) + "\n").encode()))
+        self.entry = store.put(LEDGER, Content.of_bytes((json.dumps(body, indent=1) + "\n").encode()))
         self._saved, self._unsaved = time.monotonic(), False
 
 
@@ -108,7 +116,12 @@ def read_ledger(store: Store, where: str) -> Ledger | None:
             for name, (size, hash_, etag) in body["files"].items()
         }
         found = Ledger(
-            str(body["id"]), body["complete"] is True, [int(step) for step in body["abandoned"]], copies
+            str(body["id"]),
+            body["complete"] is True,
+            [int(step) for step in body["abandoned"]],
+            copies,
+            int(body.get("generation", 0)),
+            str(body.get("writer", "")),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DataError(

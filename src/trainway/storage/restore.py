@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,7 +70,8 @@ def restore(
             run.checkpoints, keep_last=1
         ).clean()  # `latest` and `best`, and what an interruption left
         # last: only a run that is all here may change its copy
-        copies = {**read_copies(run.path), url: {"id": ledger.id, "held": list(fetched.steps)}}
+        mine = {"generation": ledger.generation + 1, "writer": secrets.token_hex(8)}
+        copies = {**read_copies(run.path), url: {"id": ledger.id, "held": list(fetched.steps), **mine}}
         write_copies(run.path, copies, url=url, state="restored", step=fetched.step, error="")
     return fetched
 

@@ -87,14 +87,23 @@ def linked_step(run: RunDir, link: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def other_files(run: RunDir) -> dict[str, int]:
-    """Bytes to copy of each file that is no checkpoint's: of one that grows, up to the end of its last whole line."""
+def other_files(run: RunDir, unsafe: set[str]) -> dict[str, int]:
+    """Bytes to copy of each file that is no checkpoint's: of one that grows, up to the end of its last whole line.
+
+    Names that no copy could have are put into `unsafe`: one odd file must not keep the checkpoints from being copied.
+    """
     found = {}
-    for name, size in plain_files(run.path).items():
-        if name.startswith(f"{CHECKPOINTS}/") or name in (run.lock.name, STATE):
+    for name, size in plain_files(run.path, unsafe).items():
+        # what was made ready for the Hub is a checkpoint once more
+        if name.startswith((f"{CHECKPOINTS}/", f"{run.releases.name}/")) or name in (run.lock.name, STATE):
             continue
-        found[name] = whole_lines(run.path / name, size) if name.endswith(_GROWING) else size
+        found[name] = whole_lines(run.path / name, size) if grows(name) else size
     return found
+
+
+def grows(name: str) -> bool:
+    """Whether a file is appended to; the others are replaced as a whole."""
+    return name.endswith(_GROWING)
 
 
 def whole_lines(path: Path, size: int) -> int:

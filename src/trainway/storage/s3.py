@@ -6,7 +6,6 @@ MD5s with their number else, unless it is encrypted by a key of KMS) and "Multip
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import importlib
@@ -22,6 +21,7 @@ from typing import Any, TypeVar
 from trainway.errors import EnvironmentFault, UserError
 from trainway.storage.address import Address
 from trainway.storage.retry import Backoff, Passing, persist
+from trainway.storage.s3_errors import Missing, told
 from trainway.storage.store import BLOCK_BYTES, Changed, Content, Entry, file_md5, refuse_larger
 
 T = TypeVar("T")
@@ -33,22 +33,6 @@ MAX_PART_BYTES = 256 << 20
 """Of an object that others have put there: its parts are read into memory to be compared."""
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
-
-_PASSING_CODES = {
-    "BadDigest",  # the bytes were altered on the way
-    "IncompleteBody",
-    "InternalError",
-    "RequestTimeout",
-    "SlowDown",
-    "Throttling",
-    "XAmzContentSHA256Mismatch",
-}
-_MISSING_CODES = {"404", "NoSuchKey", "NotFound"}
-_CHANGED_CODES = {"412", "PreconditionFailed", "416", "InvalidRange"}
-
-
-class Missing(Exception):
-    """There is no such object, or no such upload."""
 
 
 class S3Store:
@@ -96,7 +80,10 @@ class S3Store:
                 file.write(data)
 
     def matches(self, name: str, entry: Entry, path: Path) -> bool | None:
-        facts = self._ask("head_object", Key=self._key(name), PartNumber=1)
+        try:
+            facts = self._ask("head_object", Key=self._key(name), PartNumber=1)
+        except Missing:
+            return None  # removed since it was read, which was of one version throughout
         md5, _, parts = entry.etag.partition("-")
         if not _is_hashed(facts) or len(md5) != 32:
             return None
@@ -245,6 +232,12 @@ class S3Store:
             yield page
             if not page.get("IsTruncated"):
                 return
+            if f"Next{marker}" not in page or page[f"Next{marker}"] == asked.get(marker):
+                raise EnvironmentFault(
+                    f"{self._address}: the store lists in pages, and does not say where the next one begins",
+                    f"its answer to {method} has no Next{marker}",
+                    "use another store: this one speaks S3 in part only",
+                )
             asked[marker] = page[f"Next{marker}"]
             if "NextUploadIdMarker" in page:
                 asked["UploadIdMarker"] = page["NextUploadIdMarker"]
@@ -276,7 +269,7 @@ class S3Store:
         except (UserError, Passing):
             raise
         except Exception as error:
-            raise _told(error, str(self._address)) from error
+            raise told(error, str(self._address)) from error
 
 
 def _file_system() -> Any:
@@ -296,53 +289,6 @@ def _file_system() -> Any:
         "response_checksum_validation": "when_required",
     }
     return S3FileSystem(config_kwargs=config, skip_instance_cache=True, use_listings_cache=False)
-
-
-def _told(error: Exception, where: str) -> Exception:
-    """What a failed request means. The server's own words are left out: they may repeat a login."""
-    import aiohttp
-
-    boto = importlib.import_module("botocore.exceptions")
-
-    if isinstance(error, boto.ClientError):
-        return _told_by_server(error.response, where)
-    if isinstance(
-        error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError
-    ):
-        return EnvironmentFault(
-            f"{where}: no login for this store",
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not set, and the machine has no role",
-            "set them in the environment of this process, with AWS_ENDPOINT_URL for a store that is not Amazon's",
-        )
-    network = (
-        boto.HTTPClientError, boto.IncompleteReadError, boto.ResponseStreamingError,
-        importlib.import_module("botocore.parsers").ResponseParserError,
-        aiohttp.ClientError, asyncio.TimeoutError, TimeoutError, ConnectionError,
-    )  # fmt: skip
-    if isinstance(error, network) or type(error).__name__ in ("IncompleteRead", "FSTimeoutError"):
-        return Passing(f"the connection failed ({type(error).__name__})")
-    if isinstance(error, boto.BotoCoreError):
-        fix = "check AWS_ENDPOINT_URL, AWS_DEFAULT_REGION and the login in the environment"
-        return EnvironmentFault(f"{where}: the request cannot be made", type(error).__name__, fix)
-    return error
-
-
-def _told_by_server(response: Mapping[str, Any], where: str) -> Exception:
-    code = str(response.get("Error", {}).get("Code", ""))
-    about = response.get("ResponseMetadata", {})
-    status = int(about.get("HTTPStatusCode") or 0)
-    if status == 429 or status >= 500 or code in _PASSING_CODES:
-        return Passing(
-            f"the store answers {status} {code}", _seconds(about.get("HTTPHeaders", {}).get("retry-after"))
-        )
-    if code == "NoSuchBucket":
-        return EnvironmentFault(f"{where}: there is no such bucket", "", "make it, or correct the address")
-    if code in _MISSING_CODES or code == "NoSuchUpload":
-        return Missing()
-    if code in _CHANGED_CODES:
-        return Changed()
-    fix = "see that the login in the environment may list, read, write and remove there"
-    return EnvironmentFault(f"{where}: the store refuses", f"it answers {status} {code}", fix)
 
 
 def _checked(answer: Mapping[str, Any], expected: str) -> str:
@@ -381,7 +327,3 @@ def _etag(answer: Mapping[str, Any]) -> str:
 
 def _base64(digest: bytes) -> str:
     return base64.b64encode(digest).decode()
-
-
-def _seconds(value: str | None) -> float:
-    return float(value) if value and value.isdecimal() else 0.0

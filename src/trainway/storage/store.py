@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Protocol
 
 import xxhash
 
-from trainway.errors import DataError
+from trainway.errors import DataError, EnvironmentFault
 from trainway.files import atomic_open, disk_faults, hash_file
 from trainway.storage.address import Address, is_safe_name, is_url, parse_address
 from trainway.storage.retry import Backoff, Passing, persist
@@ -255,8 +255,14 @@ class FsspecStore:
             self._files.invalidate_cache()
             try:
                 return work()
-            except (FileNotFoundError, PermissionError):
+            except FileNotFoundError:
                 raise
+            except PermissionError as error:
+                raise EnvironmentFault(
+                    f"{self._address}: the store refuses {doing}",
+                    "",
+                    "see that the machine's login may list, read, write and remove there",
+                ) from error
             except OSError as error:
                 raise Passing(type(error).__name__) from error
 

@@ -17,13 +17,14 @@ from typing import Any
 from trainway.errors import ConfigError, DataError, EnvironmentFault, UserError
 from trainway.files import atomic_write, read_json
 from trainway.run_dir import RunDir
-from trainway.storage.ledger import Ledger, read_ledger
+from trainway.storage.ledger import LEDGER, Ledger, read_ledger
 from trainway.storage.retry import Backoff
 from trainway.storage.run_files import (
     CHECKPOINTS,
     POINTERS,
     STATE,
     LocalCheckpoint,
+    grows,
     kept_checkpoints,
     linked_step,
     local_checkpoints,
@@ -31,7 +32,7 @@ from trainway.storage.run_files import (
     other_files,
     step_of,
 )
-from trainway.storage.store import Content, Entry, Store, open_store
+from trainway.storage.store import BLOCK_BYTES, Content, Entry, Store, open_store
 
 Say = Callable[[str], None]
 FINAL_ATTEMPTS = 3
@@ -53,6 +54,8 @@ class Syncer:
         self._state = self._copies.setdefault(self.url, {})
         self._damaged: dict[int, str] = {}
         """Checkpoints here that are not what their manifest says, by step: the marker's hash."""
+        self._unsafe: set[str] = set()
+        """Files here that no object could be called as."""
         self._sent_bytes = 0
 
     def follow(self, every_s: float, stop: Event) -> bool:
@@ -88,8 +91,10 @@ class Syncer:
         if not self.run.path.is_dir():
             return None
         self._note("copying")
-        store, ledger = self._store, self._open()
+        store = self._store
         self._listed = store.entries()
+        ledger = self._open()
+        self._unsafe.clear()
         local = local_checkpoints(self.run)
         self._note_abandoned(ledger, local)
         while (checkpoint := self._next(ledger)) is not None:
@@ -98,6 +103,12 @@ class Syncer:
         self._point(ledger)
         self._retire(ledger)
         ledger.save(store)
+        if self._unsafe:
+            raise DataError(
+                f"{len(self._unsafe)} files in {self.run.path} were not copied, e.g. {min(self._unsafe)!r:.80}",
+                "an object's name is a plain path; all else is copied",
+                "rename them",
+            )
         if self._damaged:
             names = ", ".join(f"step-{step}" for step in sorted(self._damaged))
             raise DataError(
@@ -114,8 +125,8 @@ class Syncer:
     # ---- steps of a pass
 
     def _open(self) -> Ledger:
-        """The ledger of this run's copy, made when there is none."""
-        if self._ledger is not None:
+        """The ledger of this run's copy, made when there is none; read anew when somebody else has written it."""
+        if self._ledger is not None and self._listed.get(LEDGER) == self._ledger.entry:
             return self._ledger
         found, own = read_ledger(self._store, self.url), self._state.get("id")
         if found is not None and found.id != own:
@@ -137,8 +148,28 @@ class Syncer:
             # here first: a kill in between must not make this run a stranger to its own copy
             self._keep(id=found.id)
             found.save(self._store)
+        self._claim(found)
         self._ledger = found
         return found
+
+    def _claim(self, found: Ledger) -> None:
+        """Of the directories that one run has on several machines, the one that was brought back last writes the copy.
+
+        Raises ConfigError for another: the machine that was thought dead lives, and would remove what is newer.
+        """
+        generation, writer = int(self._state.get("generation", 0)), str(self._state.get("writer", ""))
+        if found.generation > generation or (found.generation == generation and found.writer != writer):
+            raise ConfigError(
+                f"{self.url} is the copy of this run as it goes on elsewhere",
+                f"the run was brought back from there, and has copied since; {self.run.path} is an older branch of it",
+                "end the training here; or choose another address for it",
+            )
+        found.change(generation=generation, writer=writer)
+        found.save(self._store)
+        if found.entry is not None:
+            self._listed[LEDGER] = found.entry
+        else:
+            found.entry = self._listed.get(LEDGER)
 
     def _note_abandoned(self, ledger: Ledger, local: Mapping[int, LocalCheckpoint]) -> None:
         """Before anything is sent: a restore must not go on with a future that this run has turned away from."""
@@ -213,9 +244,16 @@ class Syncer:
         self._remove(ledger, [name] if name else [])
 
     def _send_others(self, ledger: Ledger) -> None:
-        for name, size in other_files(self.run).items():
-            content = Content.of_file(self.run.path / name, size)
+        for name, size in other_files(self.run, self._unsafe).items():
+            path = self.run.path / name
             try:
+                if not grows(name) and size <= BLOCK_BYTES:
+                    content = Content.of_bytes(
+                        path.read_bytes()
+                    )  # of one version, whatever replaces it meanwhile
+                    size = content.size
+                else:
+                    content = Content.of_file(path, size)
                 for _ in content.blocks():
                     pass  # what is hashed is the beginning that is sent, however the file has grown since
                 if not ledger.holds(name, size, content.xxh3, self._listed):
@@ -313,18 +351,23 @@ def copy_run(run_dir: Path, url: str, *, backoff: Backoff | None = None) -> int 
 
 
 def read_copies(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """What this run knows of its copies, by address: `id`, and the steps it has `held` there."""
+    """What this run knows of its copies, by address: `id`, the steps it has `held` there, its `generation` and `writer`."""
     path = run_dir / STATE
     if not path.is_file():
         return {}
     try:
         copies = read_json(path)["copies"]
         return {
-            str(url): {"id": str(copy["id"]), "held": [*copy.get("held", ())]}
+            str(url): {
+                "id": str(copy["id"]),
+                "held": [*copy.get("held", ())],
+                "generation": int(copy.get("generation", 0)),
+                "writer": str(copy.get("writer", "")),
+            }
             for url, copy in copies.items()
             if copy
         }
-    except (DataError, KeyError, TypeError, AttributeError):
+    except (DataError, KeyError, TypeError, ValueError, AttributeError):
         return {}
 
 

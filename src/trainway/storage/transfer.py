@@ -12,7 +12,7 @@ import xxhash
 
 from trainway.errors import ConfigError, DataError
 from trainway.files import disk_faults, fsync_directory, fsync_file, hash_file
-from trainway.storage.address import is_url
+from trainway.storage.address import is_safe_name, is_url
 from trainway.storage.ledger import LEDGER, Ledger, read_ledger
 from trainway.storage.retry import Backoff
 from trainway.storage.store import Changed, Content, Entry, Store, open_store, refuse_unsafe
@@ -54,10 +54,10 @@ def copy_tree(
     return _upload(Path(source), open_store(target, backoff), str(target), report)
 
 
-def plain_files(folder: Path) -> dict[str, int]:
+def plain_files(folder: Path, unsafe: set[str] | None = None) -> dict[str, int]:
     """Size of each plain file below a directory, by its relative path; temporary files and links are left out.
 
-    Raises DataError for a name that no copy could have.
+    Raises DataError for a name that no copy could have; with `unsafe` it is put there, and left out.
     """
     found: dict[str, int] = {}
     for current, folders, names in os.walk(folder):
@@ -67,6 +67,9 @@ def plain_files(folder: Path) -> dict[str, int]:
             if ".tmp-" in name or PARTIAL in name or path.is_symlink() or not path.is_file():
                 continue
             relative = path.relative_to(folder).as_posix()
+            if unsafe is not None and not is_safe_name(relative):
+                unsafe.add(relative)
+                continue
             refuse_unsafe(relative, str(folder))
             try:
                 found[relative] = path.stat().st_size

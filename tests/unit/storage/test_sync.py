@@ -77,7 +77,7 @@ def test_what_was_altered_or_lost_there_is_sent_again(tmp_path: Path) -> None:
         assert (tmp_path / "copy" / name).read_bytes() == (run.dir.path / name).read_bytes()
 
 
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_killed_at_every_operation_no_half_checkpoint_counts_and_the_next_pass_completes(
     tmp_path: Path, after: bool
 ) -> None:
@@ -258,3 +258,94 @@ def test_a_ledger_that_names_a_file_outside_is_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("metrics.jsonl", "../metrics.jsonl"))
     with pytest.raises(DataError, match="unsafe name"):
         restore(str(tmp_path / "copy"), tmp_path / "back")
+
+
+def test_the_directory_that_was_brought_back_last_writes_the_copy(tmp_path: Path) -> None:
+    """A machine that was thought dead lives: it must not remove what the one in its place has made since."""
+    url = str(tmp_path / "copy")
+    run = ToyRun(tmp_path / "run")
+    run.train(10)
+    first = syncer(run, DirectoryStore(tmp_path / "copy"))
+    assert first.copy_now() == 10
+    restore(url, tmp_path / "back")
+    assert first.copy_now() == 10  # nobody has gone on from there yet
+    back = ToyRun(tmp_path / "back")
+    back.train(20)
+    second = syncer(back, DirectoryStore(tmp_path / "copy"))
+    assert second.copy_now() == 20
+    run.train(30)
+    before = contents(tmp_path / "copy")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="goes on elsewhere"):
+            first.copy_now()
+        first = syncer(run, DirectoryStore(tmp_path / "copy"))  # nor after another start
+    assert contents(tmp_path / "copy") == before
+    back.train(40)
+    assert second.copy_now() == 40 and complete_steps(tmp_path / "copy") == {20, 40}
+
+
+def test_of_two_that_were_brought_back_the_first_to_copy_goes_on(tmp_path: Path) -> None:
+    url, runs = str(tmp_path / "copy"), []
+    run = ToyRun(tmp_path / "run")
+    run.train(10)
+    copy_run(run.dir.path, url)
+    for name in ("a", "b"):
+        restore(url, tmp_path / name)
+        runs.append(ToyRun(tmp_path / name))
+        runs[-1].train(20)
+    assert copy_run(runs[1].dir.path, url) == 20
+    with pytest.raises(ConfigError, match="goes on elsewhere"):
+        copy_run(runs[0].dir.path, url)
+    assert copy_run(runs[1].dir.path, url) == 20
+    # brought back once more, from what is there now
+    restore(url, tmp_path / "c")
+    assert copy_run(tmp_path / "c", url) == 20
+
+
+def test_two_that_copy_one_directory_see_each_other(tmp_path: Path) -> None:
+    run = ToyRun(tmp_path / "run")
+    run.train(10)
+    stores = [DyingStore(tmp_path / "copy"), DyingStore(tmp_path / "copy")]
+    first = syncer(run, stores[0])
+    first.copy_now()
+    second = syncer(run, stores[1])
+    second.copy_now()
+    assert stores[1].operations == 0
+    run.train(20)
+    first.copy_now()
+    sent = stores[1].operations
+    second.copy_now()
+    assert stores[1].operations == sent and complete_steps(tmp_path / "copy") == {10, 20}
+
+
+def test_a_file_of_an_odd_name_keeps_no_checkpoint_from_being_copied(tmp_path: Path) -> None:
+    run = ToyRun(tmp_path / "run")
+    run.train(10)
+    for name in ("back\\slash.txt", "new\nline", "$(touch x);'\"<script> ü%+&=.txt"):
+        (run.dir.path / name).write_text("x\n")
+    with pytest.raises(DataError, match=r"2 files .* were not copied"):
+        copy_run(run.dir.path, str(tmp_path / "copy"))
+    assert complete_steps(tmp_path / "copy") == {10} and find_run(str(tmp_path / "copy")) == 10
+    assert (tmp_path / "copy" / "$(touch x);'\"<script> ü%+&=.txt").read_text() == "x\n"
+
+
+def test_a_file_that_is_replaced_while_it_is_copied_is_of_one_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hashed, then sent: in between another version has taken its place."""
+    run = ToyRun(tmp_path / "run")
+    run.train(10)
+    state = run.dir.path / "state.json"
+    state.write_text(json.dumps({"version": 1}))
+    store = DirectoryStore(tmp_path / "copy")
+    put, sent = store.put, list[str]()
+
+    def replaced(name: str, content: Content) -> Entry:
+        if name == "state.json":
+            state.write_text(json.dumps({"version": 2, "and": "longer than before"}))
+            sent.append(b"".join(content.blocks()).decode())
+        return put(name, content)
+
+    monkeypatch.setattr(store, "put", replaced)
+    syncer(run, store).copy_now()
+    assert [json.loads(text)["version"] for text in sent] == [1, 2]
