@@ -42,16 +42,18 @@ def find_adapter_base(directory: Path, *, cache: Path, trust_remote_code: bool =
         raise _no_base(directory, error.what, error.why) from error
 
 
-def load_adapted(directory: Path, base: BaseModel, dtype: torch.dtype) -> PreTrainedModel:
+def load_adapted(
+    directory: Path, base: BaseModel, dtype: torch.dtype, base_weights: InitialWeights | None = None
+) -> PreTrainedModel:
     """The base in `dtype` with the adapter in `directory` in it, on the CPU, for evaluation.
 
-    An adapter of a discriminator comes in one, whose head is of at least fp32.
+    An adapter of a discriminator comes in one, whose head is of at least fp32. base_weights: instead of the base's own.
 
     Raises:
         DataError: the adapter's files are damaged, or their tensors are not, each by its name, those of the adapter.
     """
     config = _read_config(directory)
-    weights: InitialWeights = BaseWeights(base)
+    weights: InitialWeights = base_weights or BaseWeights(base)
     if config.task_type == "SEQ_CLS":
         model, weights = build_discriminator(base, dtype=dtype), DiscriminatorWeights(weights, seed=0)
     else:

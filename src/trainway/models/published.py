@@ -30,21 +30,13 @@ def publish_names(directory: Path, *, max_shard_size: str = MAX_SHARD_SIZE) -> b
         DataError: files are missing or damaged.
         OSError: of the disk.
     """
-    if is_adapter(directory) or read_json(directory / CONFIG).get("model_type") not in CONFIG_MAPPING:
-        return False  # a family of its own code has no other names
-    with quiet_transformers():
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    model = meta_model(config, torch.float32)
+    model = _known_model(directory)
+    if model is None:
+        return False
     old = [directory / name for name in weight_names(directory)[0]]
     with open_tensors(old) as stored:
-        held = {name: tensor for name, tensor in owned_tensors(model) if name in stored.shapes}
-        groups = _groups(model, held)
-        published = {
-            name: (tensor, key)
-            for key, names in groups.items()
-            for name, tensor in _revert(model, {one: _like(stored, one) for one in names}).items()
-        }
-        if published.keys() == held.keys():
+        groups, published = _layout(model, stored)
+        if published.keys() == {name for names in groups.values() for name in names}:
             return False
 
         def read(names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -60,6 +52,41 @@ def publish_names(directory: Path, *, max_shard_size: str = MAX_SHARD_SIZE) -> b
         path.rename(directory / path.name)
     new.rmdir()
     return True
+
+
+def is_published(directory: Path) -> bool:
+    """Whether a plain model directory has its weights as their family publishes them. Raises as `publish_names`."""
+    model = _known_model(directory)
+    if model is None:
+        return True
+    with open_tensors([directory / name for name in weight_names(directory)[0]]) as stored:
+        groups, published = _layout(model, stored)
+        held = {name for names in groups.values() for name in names}
+        # one that was published already holds none of the names in memory that differ
+        return published.keys() == held
+
+
+def _known_model(directory: Path) -> PreTrainedModel | None:
+    """The model on the meta device; None for an adapter, and for a family of its own code, which has no other names."""
+    if is_adapter(directory) or read_json(directory / CONFIG).get("model_type") not in CONFIG_MAPPING:
+        return None
+    with quiet_transformers():
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    return meta_model(config, torch.float32)
+
+
+def _layout(
+    model: PreTrainedModel, stored: StoredTensors
+) -> tuple[dict[str, list[str]], dict[str, tuple[torch.Tensor, str]]]:
+    """The stored names that are those in memory, by block; and by published name a tensor of its shape, and its block."""
+    held = {name: tensor for name, tensor in owned_tensors(model) if name in stored.shapes}
+    groups = _groups(model, held)
+    published = {
+        name: (tensor, key)
+        for key, names in groups.items()
+        for name, tensor in _revert(model, {one: _like(stored, one) for one in names}).items()
+    }
+    return groups, published
 
 
 def _published(

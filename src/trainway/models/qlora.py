@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -49,6 +50,31 @@ def load_quantized(
             **({"attn_implementation": attention} if attention else {}),
         )
     return model.requires_grad_(False).eval()
+
+
+def dequantized_weights(base: BaseModel) -> StoredWeights:
+    """The base's weights as a run with lora.quantize=4bit has them: rounded to 4 bits, as plain numbers.
+
+    Held in memory in bf16, on the GPU while they are made if there is one.
+
+    Raises:
+        EnvironmentFault: bitsandbytes is not installed.
+    """
+    model = load_quantized(base, device="cuda" if torch.cuda.is_available() else "cpu")
+    with quiet_transformers():
+        plain: PreTrainedModel = model.dequantize()
+    return StoredWeights({name: tensor.cpu() for name, tensor in plain.state_dict().items()})
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """Initial weights out of memory, by their names in the base model."""
+
+    state: Mapping[str, torch.Tensor]
+
+    def __call__(self, pieces: Iterable[tuple[str, Piece]]) -> None:
+        for name, piece in pieces:
+            piece.copy_from(self.state[name])
 
 
 class LoadedWeights:

@@ -35,7 +35,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def tokenizer() -> PreTrainedTokenizerFast:
     words = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, 64))]
-    words_only = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}))
+    words_only = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     words_only.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=words_only, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
@@ -52,7 +52,9 @@ def make_run(root: Path, case: str, dtype: torch.dtype = torch.float32) -> tuple
     stir(model)
     store = CheckpointStore(root / "run" / "checkpoints", keep_last=1)
     store.save(7, lambda temp: write_model(model, temp / "model", tokenizer()), best=True)
-    (root / "run" / "config.yaml").write_text(json.dumps({"data": {"store_dir": str(root / "cache")}}))
+    (root / "run" / "config.yaml").write_text(
+        json.dumps({"recipe": "sft", "data": {"store_dir": str(root / "cache")}})
+    )
     return root / "run", model
 
 
@@ -128,9 +130,10 @@ def test_a_lost_or_foreign_tensor_is_named(tmp_path: Path) -> None:
 
 def test_a_base_that_is_gone_is_named(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path, "llama")
+    apart = export(run, tmp_path / "apart")
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     with pytest.raises(ConfigError) as caught:
-        load_causal_lm(export(run, tmp_path / "apart"))
+        load_causal_lm(apart)
     assert caught.value.what == f"the base of the adapter in {tmp_path / 'apart'} was not found"
     assert str(tmp_path / "base") in caught.value.why
     assert "correct base_model_name_or_path in adapter_config.json" in caught.value.fix
