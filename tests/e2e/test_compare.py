@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import run_cli
-from tests.unit.gad.test_compare import FIGURES, write_run
+from tests.unit.report.test_compare import FIGURES, write_run
 from trainway.gad.samples import Sample, write_samples
 
 
@@ -55,17 +52,3 @@ def test_what_is_not_there_is_code_2(runs: Path) -> None:
     done = run_cli("compare", runs / "base", runs / "nothing", check=2)
     assert done.stdout == ""
     assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["error", "why", "fix"]
-
-
-def test_a_table_comes_at_once(runs: Path) -> None:
-    # measured against its libraries' own start, so that a slow or busy machine slows both
-    ours, theirs = [], []
-    for _ in range(3):
-        for command, seconds in (
-            (["-m", "trainway", "compare", str(runs / "base")], ours),
-            (["-c", "import typer, pydantic, xxhash"], theirs),
-        ):
-            began = time.perf_counter()
-            subprocess.run([sys.executable, *command], capture_output=True, check=True, timeout=60)
-            seconds.append(time.perf_counter() - began)
-    assert min(ours) < 4 * min(theirs)

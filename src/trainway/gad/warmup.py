@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from trainway.checkpoint.state import TrainState
+from trainway.checkpoint.state import STATE_FILE, TrainState
 from trainway.checkpoint.store import CheckpointStore
 from trainway.checkpoint.weights import DISCRIMINATOR_DIR
 from trainway.errors import ConfigError, DataError
 from trainway.run_dir import RunDir
-from trainway.training.saving import STATE_FILE
 
 
 class Warmup(NamedTuple):

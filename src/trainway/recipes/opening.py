@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 from trainway.checkpoint.lock import run_lock
@@ -16,6 +17,8 @@ from trainway.engines.world import open_world
 from trainway.files import disk_faults
 from trainway.logs import start_logging
 from trainway.recipes.model import find_run_base, run_shape
+from trainway.recipes.starting import record_start
+from trainway.report.page import write_at_end
 from trainway.run_dir import RunDir
 from trainway.training.memory import memory_advice
 from trainway.training.runs import Resume, choose_run_dir, run_status
@@ -33,6 +36,7 @@ def run_recipe(
     resume: Resume = "auto",
     allow_changes: bool = False,
     progress: Progress | None = None,
+    origins: Mapping[str, str] = MappingProxyType({}),
 ) -> Result | RunResult:
     """Open a run, or one that was stopped or killed again, and `train` in it.
 
@@ -40,6 +44,7 @@ def run_recipe(
         resume: `auto` goes on from the newest intact checkpoint, `never` begins a new run, a number resumes there.
         allow_changes: go on although settings or data differ from those the run began with.
         progress: told (label, bytes done, bytes in all) while model and data are prepared.
+        origins: of the settings, as `LoadedConfig.origins`, where they are known: for the run's report.
 
     Raises:
         UserError: the message says what to do; nothing that was saved before is lost.
@@ -60,6 +65,10 @@ def run_recipe(
         if run_status(run)["state"] == "done" and resume == "auto":
             return finished_before(config, run, allow_changes)
         session = begin_session(config, world, run, prepared, base, resume, allow_changes, preparing_s)
+        world.together(lambda: record_start(session, origins) if world.is_main else None)
         stop = stack.enter_context(StopSignal())
         stack.enter_context(memory_advice(config, run_shape(session), session.geometry, world))
-        return train(session, stop)
+        result = train(session, stop)
+        if isinstance(result, RunResult):
+            world.together(lambda: write_at_end(run) if world.is_main else None)
+        return result

@@ -25,6 +25,7 @@ from trainway.recipes import stages
 from trainway.recipes.stages import Outcome, Progress, ShardRequest
 from trainway.recipes.tokenizer import make_tokenizer
 from trainway.recipes.volume import (
+    ERASED,
     Volume,
     check_room,
     hub_environment,
@@ -40,7 +41,6 @@ OURS = ("name", "run_dir", "runs_dir", "data.train", "data.validation", "data.st
 """Settings that follow from the experiment and the volume."""
 GRACE_S = 10.0
 """How long an interrupted stage has to remove what it had half made, before the process ends all the same."""
-EPHEMERAL = ("/tmp", "/root", "/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def _set_environment(volume: Volume, knobs: Knobs) -> None:
     if knobs.mode == "cloud":
         places, notes = hub_environment(volume, os.environ)
         told, said = {**told, **places}, [*notes, *said]
-        if "RUNPOD_POD_ID" in os.environ and any(volume.root.is_relative_to(path) for path in EPHEMERAL):
+        if "RUNPOD_POD_ID" in os.environ and any(volume.root.is_relative_to(path) for path in ERASED):
             warn(f"{volume.root} is erased when the pod stops: put --root on its volume")
     os.environ.update(told)
     for line in said:

@@ -19,6 +19,7 @@ from trainway.recipes.sft import sft
 from trainway.release.bundle import export
 from trainway.release.generate import generate_text
 from trainway.report.chart import draw_losses
+from trainway.report.page import write_report
 from trainway.run_dir import RunDir
 from trainway.tracking.jsonl import read_jsonl
 from trainway.training.session import RunResult
@@ -59,6 +60,8 @@ class QuickstartResult:
     model_dir: Path
     tuned_dir: Path
     chart: Path
+    report: Path
+    """The pretraining as a page; the tuning has one in its run directory."""
     start_loss: float
     val_loss: float
     tuned_from: float
@@ -84,7 +87,8 @@ def quickstart(
     corpus, held_out = write_corpus(out / "data")
     own = [word for word in overrides if not word.startswith(TUNING)]
     places = _places(out, corpus, held_out, "run")
-    pretrained = pretrain(load_config(PRESET, [*places, *own]).config, progress=progress)
+    loaded = load_config(PRESET, [*places, *own])
+    pretrained = pretrain(loaded.config, progress=progress, origins=loaded.origins)
     model_dir = _exported(pretrained, out / "model")
     chart = draw_losses(RunDir(pretrained.run_dir), out / "loss.png")
     samples = tuple(prompt + generate_text(model_dir, prompt, max_new_tokens=48) for prompt in PROMPTS)
@@ -94,7 +98,8 @@ def quickstart(
     )
     own = [word.removeprefix(TUNING) for word in overrides if word.startswith(TUNING)]
     places = [*_places(out, pairs, held_pairs, "tuning"), f"model.path={model_dir}"]
-    tuned = sft(load_config(TUNING_PRESET, [*places, *own]).config, progress=progress)
+    loaded = load_config(TUNING_PRESET, [*places, *own])
+    tuned = sft(loaded.config, progress=progress, origins=loaded.origins)
     tuned_dir = _exported(tuned, out / "tuned-model")
 
     losses, tuned_losses = _val_losses(pretrained), _val_losses(tuned)
@@ -103,6 +108,7 @@ def quickstart(
         model_dir=model_dir,
         tuned_dir=tuned_dir,
         chart=chart,
+        report=write_report([pretrained.run_dir]).path,
         start_loss=losses[0],
         val_loss=losses[-1],
         tuned_from=tuned_losses[0],

@@ -16,6 +16,8 @@ from trainway.files import disk_faults
 from trainway.planning.arithmetic import count_parameters, padded_vocab_size
 from trainway.run_dir import RunDir
 
+ERASED = ("/tmp", "/root", "/dev/shm", "/var/tmp")
+"""Directories of a rented machine's own disk or memory: what lies there is gone when the machine is."""
 HUB_DIR = "hf_cache"
 TOKEN = "HF_TOKEN"
 OTHER_TOKENS = ("HUGGINGFACEHUB_API_TOKEN", "HUGGINGFACE_HUB_TOKEN")

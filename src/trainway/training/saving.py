@@ -13,13 +13,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from trainway.checkpoint.snapshot import Snapshot, Staging, write_snapshot
-from trainway.checkpoint.state import TrainState
+from trainway.checkpoint.state import STATE_FILE, TrainState
 from trainway.checkpoint.store import CheckpointStore
 from trainway.engines.base import Learner
 from trainway.engines.world import World
 from trainway.errors import PeerFailed
 
-STATE_FILE = "state.json"
 STUDENT = ""
 """Name of the model that a run is for, whose files lie in a checkpoint's own directory."""
 

@@ -13,10 +13,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from trainway.checkpoint.state import TrainState
+from trainway.checkpoint.state import STATE_FILE, TrainState
 from trainway.checkpoint.store import CheckpointStore
 from trainway.config.load import dump_config
+from trainway.config.mixes import train_sources
 from trainway.config.schema import RunConfig
+from trainway.data.hub_sources import hub_source
 from trainway.data.prepare import PreparedData
 from trainway.data.store import TokenStore
 from trainway.data.tokenizer import load_tokenizer
@@ -36,8 +38,8 @@ from trainway.tracking.jsonl import cut_after
 from trainway.training.pace import PaceWatch
 from trainway.training.progress import clock
 from trainway.training.runs import Resume, refuse_changed_settings, write_status
-from trainway.training.saving import STATE_FILE, STUDENT, Saver
-from trainway.training.speed import peak_memory_gib
+from trainway.training.saving import STUDENT, Saver
+from trainway.training.speed import device_name, peak_memory_gib
 
 
 @dataclass(frozen=True)
@@ -183,11 +185,16 @@ def open_records(session: Session, state: TrainState, *, resumed: bool) -> Itera
             cut_after(records, state.step if resumed else -1)
         write_status(run, "running", state.step)
     first_step = state.step + 1 if resumed else 0
-    trackers = open_trackers(session.config.tracking, run, first_step=first_step, is_main=is_main)
+    trackers = open_trackers(session.config, run, first_step=first_step, is_main=is_main)
+    outcome = "failed"
     try:
         yield trackers
+        outcome = "done"
+    except Stopped:
+        outcome = "stopped"
+        raise
     finally:
-        trackers.close()
+        trackers.close(outcome)
 
 
 def make_saver(
@@ -287,7 +294,21 @@ def _open_directory(session: Session) -> None:
     log_to_file(run.log)
     atomic_write(run.config, dump_config(config))
     provenance = collect_provenance(config_hash(config.model_dump(mode="json")), session.data_hash, sys.argv)
+    provenance |= _origin(session)
     atomic_write(run.provenance, json.dumps(provenance, indent=2) + "\n")
+
+
+def _origin(session: Session) -> dict[str, Any]:
+    """What a model card says of where the model comes from, as it was when the run began."""
+    config, base, here = session.config, session.base, Path.cwd()
+    paths = [source.path for source in train_sources(config.data)]
+    # documents of pretraining are always local
+    found = [hub_source(path, here) for path in paths] if config.recipe != "pretrain" else []
+    return {
+        "base_model": None if base is None else {"path": base.source, "commit": base.revision},
+        "datasets": list(dict.fromkeys(source.name for source in found if source is not None)),
+        "devices": {"name": device_name(session.world.device), "count": session.world.world_size},
+    }
 
 
 def _checkpoint_to_resume(session: Session) -> str | None:
