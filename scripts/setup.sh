@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Makes .venv and installs Trainway at the pinned versions; does nothing when that is done already.
-# Usage: bash scripts/setup.sh [dev]
+# Usage: bash scripts/setup.sh [dev|docs]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 extra="${1:-}"
 case "$extra" in
-  "" | dev) ;;
-  *) echo "error: unknown argument '$extra'; usage: bash scripts/setup.sh [dev]" >&2; exit 2 ;;
+  "" | dev | docs) ;;
+  *) echo "error: unknown argument '$extra'; usage: bash scripts/setup.sh [dev|docs]" >&2; exit 2 ;;
 esac
 torch_pin="$(grep -E '^torch==' constraints.txt)"
 

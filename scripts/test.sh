@@ -5,11 +5,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh dev
 
-# What tests of jobs on other machines need of Debian; where it cannot be had, those tests are skipped and say so.
+# What tests of jobs on other machines, and of pages in a browser, need of Debian; where it cannot be had, those tests are skipped and say so.
 needed=()
 [ -x /usr/sbin/sshd ] || needed+=(openssh-server)
 command -v ssh >/dev/null || needed+=(openssh-client)
-command -v rsync >/dev/null || needed+=(rsync)
+command -v chromium >/dev/null || needed+=(chromium)
 if [ "${#needed[@]}" -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
   echo "test: installing ${needed[*]}"
   { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${needed[@]}"; } >/dev/null 2>&1 ||

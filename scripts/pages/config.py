@@ -1,18 +1,15 @@
-"""Write docs/config.md from the configuration's schema; `--check` only says whether it is up to date."""
+"""docs/config.md: every setting of a configuration, from its schema."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
+from pages.tables import HEAD, default_of, row
 from trainway.config.resolved import config_schema
-
-PAGE = Path(__file__).parent.parent / "docs" / "config.md"
 
 OPENING = """# Configuration
 
-This page is made from the schema by `python scripts/config_reference.py`.
+This page is made from the schema by `python scripts/references.py`.
 
 A configuration is a preset's name or a YAML or TOML file. Later layers win: defaults, then the preset that `extends` names,
 the file itself, environment variables (`RUN_EXPERIMENT`, `TRAINWAY_RUNS_DIR`, `TRAINWAY_STORE_DIR`, `TRAIN_BACKEND`,
@@ -44,7 +41,7 @@ over a preset's takes what it can offload: `engine=fsdp` moves weights too where
 """
 
 
-def render() -> str:
+def render(page: str = "") -> str:
     schema = config_schema()
     sections = {
         "": schema,
@@ -53,12 +50,12 @@ def render() -> str:
     parts = [OPENING]
     for name, section in sections.items():
         parts.append(f"\n## {name or 'The run'}\n\n{section.get('description', '').splitlines()[0]}\n")
-        parts.append("| key | default | meaning |\n|---|---|---|")
-        for key, value in section["properties"].items():
-            if not _is_section(schema, value):
-                parts.append(
-                    f"| `{name + '.' if name else ''}{key}` | {_default(value)} | {_meaning(value)} |"
-                )
+        parts.append(HEAD)
+        parts += [
+            row(f"{name}.{key}".lstrip("."), default_of(value), value)
+            for key, value in section["properties"].items()
+            if not _is_section(schema, value)
+        ]
     return "\n".join(parts) + "\n"
 
 
@@ -69,24 +66,3 @@ def _is_section(schema: dict[str, Any], value: dict[str, Any]) -> bool:
 def _resolve(schema: dict[str, Any], value: dict[str, Any]) -> dict[str, Any]:
     resolved: dict[str, Any] = schema["$defs"][value["$ref"].rsplit("/", 1)[1]]
     return resolved
-
-
-def _default(value: dict[str, Any]) -> str:
-    default = value.get("default")
-    return "" if default in (None, "", [], {}) else f"`{default}`"
-
-
-def _meaning(value: dict[str, Any]) -> str:
-    choices = value.get("enum") or value.get("items", {}).get("enum") or []
-    allowed = f" One of {', '.join(f'`{c}`' for c in choices)}." if choices else ""
-    return str(value.get("description", "")).replace("|", "\\|").replace("\n", " ") + allowed
-
-
-if __name__ == "__main__":
-    if "--check" in sys.argv:
-        sys.exit(
-            0
-            if PAGE.exists() and PAGE.read_text() == render()
-            else "docs/config.md is out of date: run this script"
-        )
-    PAGE.write_text(render())

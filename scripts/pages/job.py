@@ -1,18 +1,15 @@
-"""Write docs/job.md from the form of a job file; `--check` only says whether it is up to date."""
+"""docs/job.md: every key of a job file, from its form."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
+from pages.tables import HEAD, default_of, row
 from trainway.jobs.spec import JobSpec
-
-PAGE = Path(__file__).parent.parent / "docs" / "job.md"
 
 OPENING = """# The job file
 
-This page is made from the form of a job by `python scripts/job_reference.py`. What to use it for is in [launch.md](launch.md).
+This page is made from the form of a job by `python scripts/references.py`. What to use it for is in [launch.md](launch.md).
 
 A job file is YAML or TOML. `KEY=VALUE` words on the command line stand above it: `trainway up job.yaml limits.hours=2`.
 An unknown or misspelt key is an error that names the nearest; so is a section of another target than the job's. Paths of
@@ -20,7 +17,7 @@ An unknown or misspelt key is an error that names the nearest; so is a section o
 """
 
 
-def render() -> str:
+def render(page: str = "") -> str:
     schema = JobSpec.model_json_schema()
     parts = [OPENING, *_table(schema, "", "The job", schema)]
     for name, value in schema["properties"].items():
@@ -36,24 +33,23 @@ def _table(schema: dict[str, Any], prefix: str, title: str, section: dict[str, A
     lines = [
         f"\n## {title}\n",
         f"{about[0] if about else ''}\n",
-        "| key | default | meaning |",
-        "|---|---|---|",
+        HEAD,
     ]
     required = set(section.get("required", ()))
     for key, value in section["properties"].items():
         inner = _section(schema, value)
-        default = "required" if key in required else _default(value)
+        default = "required" if key in required else default_of(value)
         if inner is not None and (prefix or value.get("type") == "array") and value.get("type") != "array":
             lines += _rows(inner, f"{prefix}{key}.")
         elif inner is None or value.get("type") == "array":
-            lines.append(f"| `{prefix}{key}` | {default} | {_meaning(value)} |")
+            lines.append(row(f"{prefix}{key}", default, value))
     return lines
 
 
 def _rows(section: dict[str, Any], prefix: str) -> list[str]:
     required = set(section.get("required", ()))
     return [
-        f"| `{prefix}{key}` | {'required' if key in required else _default(value)} | {_meaning(value)} |"
+        row(f"{prefix}{key}", "required" if key in required else default_of(value), value)
         for key, value in section["properties"].items()
     ]
 
@@ -64,23 +60,3 @@ def _section(schema: dict[str, Any], value: dict[str, Any]) -> dict[str, Any] | 
         return None
     found: dict[str, Any] = schema["$defs"][reference.rsplit("/", 1)[1]]
     return found if "properties" in found else None
-
-
-def _default(value: dict[str, Any]) -> str:
-    default = value.get("default")
-    if default in (None, "", [], {}) and default is not False:
-        return ""
-    return f"`{str(default).lower() if isinstance(default, bool) else default}`"
-
-
-def _meaning(value: dict[str, Any]) -> str:
-    choices = value.get("enum") or []
-    allowed = f" One of {', '.join(f'`{choice}`' for choice in choices)}." if choices else ""
-    return str(value.get("description", "")).replace("|", "\\|").replace("\n", " ") + allowed
-
-
-if __name__ == "__main__":
-    if "--check" in sys.argv:
-        up_to_date = PAGE.exists() and PAGE.read_text() == render()
-        sys.exit(0 if up_to_date else "docs/job.md is out of date: run this script")
-    PAGE.write_text(render())

@@ -1,14 +1,8 @@
-"""Write the table of docs/plan.md: what each preset takes; `--check` only says whether it is up to date."""
+"""The table of docs/plan.md: what each preset takes, by its plan."""
 
 from __future__ import annotations
 
-import os
-import sys
-import tempfile
-from pathlib import Path
-
-PAGE = Path(__file__).parent.parent / "docs" / "plan.md"
-BEGIN = "<!-- made by `python scripts/plan_reference.py` -->"
+BEGIN = "<!-- made by `python scripts/references.py` -->"
 END = "<!-- end -->"
 GIB = 2**30
 
@@ -66,12 +60,3 @@ def render(page: str) -> str:
     before, rest = page.split(BEGIN)
     after = rest.split(END)[1]
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as home:
-        os.environ["TRAINWAY_HOME"] = home
-        found = render(PAGE.read_text())
-    if "--check" in sys.argv:
-        sys.exit(0 if PAGE.read_text() == found else "docs/plan.md is out of date: run this script")
-    PAGE.write_text(found)
