@@ -9,13 +9,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.forked import fork
 from trainway.data.turns import turn
 
 WORDS = "the a def class return import self value name data list of to in is not and for with from".split()
@@ -110,10 +111,14 @@ def run_cli(
     *arguments: object, timeout: float = 300, check: int | None = 0, **environ: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `trainway` as a user would; `check` is the exit code it must end with."""
-    done = subprocess.run(
-        [sys.executable, "-m", "trainway", *map(str, arguments)],
-        capture_output=True, text=True, timeout=timeout, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environ},
-    )  # fmt: skip
+    words = list(map(str, arguments))
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environ}
+    if child := fork("trainway", words, env):
+        code = child.wait(timeout)
+        done = subprocess.CompletedProcess(words, code, child.out.read_text(), child.err.read_text())
+    else:
+        command = [sys.executable, "-m", "trainway", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
     if check is not None:
         assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
@@ -132,17 +137,31 @@ def launch_ranks(module: str, jobs: Sequence[tuple[object, ...]], nproc: int) ->
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    processes = []
+    ranks = []
     for rank in range(nproc):
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         if nproc > 1:
             env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(nproc)}
             env |= {"LOCAL_WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, "-m", module, json.dumps(jobs)]
-        processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-    for process in processes:
-        _, stderr = process.communicate(timeout=300)
-        assert process.returncode == 0, stderr
+        ranks.append(start_module(module, json.dumps(jobs), env))
+    for finished in ranks:
+        code, said = finished(300)
+        assert code == 0, said
+
+
+def start_module(module: str, argument: str, env: Mapping[str, str]) -> Callable[[float], tuple[int, str]]:
+    """Run `python -m module ARGUMENT`; a function that waits for it so many seconds: its exit code and its stderr."""
+    if child := fork(module, [argument], env):
+        return lambda seconds: (child.wait(seconds), child.err.read_text())
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, argument], env=env, stderr=subprocess.PIPE, text=True
+    )
+
+    def wait(seconds: float) -> tuple[int, str]:
+        _, said = process.communicate(timeout=seconds)
+        return process.returncode, said
+
+    return wait
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:

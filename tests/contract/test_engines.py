@@ -42,13 +42,20 @@ VARIANTS: dict[str, tuple[int, list[str]]] = {
     "zero3-async": (2, ["engine.name=zero3", "checkpoint.async_save=true"]),
 }
 DEEPSPEED = {name for name in ENGINES | VARIANTS if name.startswith("zero")}
-SLOW = (DEEPSPEED & VARIANTS.keys()) | {"fsdp-alone", "fsdp-gathered", "ddp-selective", "single-full"}
+SLOW = (DEEPSPEED & VARIANTS.keys()) | {
+    "fsdp-alone",
+    "fsdp-gathered",
+    "fsdp-selective",
+    "ddp-selective",
+    "single-full",
+    "single-async",
+}
 CASES = [
     ("adamw", name, [pytest.mark.slow] if name in SLOW else [])
     for name in ENGINES | VARIANTS
     if name != "single"
 ]
-CASES += [("muon", "ddp", []), ("muon", "fsdp", []), ("muon", "hybrid", [pytest.mark.slow])]
+CASES += [("muon", "ddp", [pytest.mark.slow]), ("muon", "fsdp", []), ("muon", "hybrid", [pytest.mark.slow])]
 
 
 class Runs:

@@ -33,20 +33,29 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss-full": ("gpt_oss", {}),
     "gpt_oss-experts": ("gpt_oss", {"lora": EXPERT_LORA, "optim": {"lr": 2e-2}}),
 }
-OFTEN = {"full-packed", "lora-padded", "gpt_oss-experts"}
-"""What the default suite holds every engine to; the others are its mixtures, and slow."""
+OFTEN = {
+    ("full-packed", "single"),
+    ("full-packed", "ddp"),
+    ("full-packed", "fsdp"),
+    ("full-packed", "zero3"),
+    ("lora-padded", "ddp"),
+    ("gpt_oss-experts", "single"),
+    ("gpt_oss-experts", "fsdp"),
+}
+"""What the default suite holds: the engines and the ways, not all pairs; those are slow."""
 
 
 def slow(*case: str, when: bool) -> Any:
     return pytest.param(*case, marks=[pytest.mark.slow] if when else [])
 
 
-CASES = [slow(way, engine, when=way not in OFTEN) for way in WAYS for engine in ENGINES if engine != "single"]
-KILLED = [
-    slow(way, engine, when=(way, engine) not in {("full-packed", "fsdp"), ("lora-packed", "zero3")})
-    for way in ("full-packed", "lora-packed")
+CASES = [
+    slow(way, engine, when=(way, engine) not in OFTEN)
+    for way in WAYS
     for engine in ENGINES
+    if engine != "single"
 ]
+KILLED = [(way, engine) for way in ("full-packed", "lora-packed") for engine in ENGINES]
 
 
 class Runs:
@@ -99,7 +108,12 @@ def test_an_engine_tunes_as_one_process_does(runs: Runs, tmp_path: Path, way: st
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-5)
 
 
-GPT_OSS = [slow(way, engine, when=way not in OFTEN) for way in WAYS if "gpt_oss" in way for engine in ENGINES]
+GPT_OSS = [
+    slow(way, engine, when=(way, engine) not in OFTEN)
+    for way in WAYS
+    if "gpt_oss" in way
+    for engine in ENGINES
+]
 
 
 @pytest.mark.parametrize(("way", "engine"), GPT_OSS)
@@ -126,7 +140,8 @@ def test_others_read_what_gpt_oss_became(runs: Runs, tmp_path: Path, way: str, e
     assert (logits - untrained).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("way", [slow("full-packed", when=True), "lora-packed"])
+@pytest.mark.slow  # of pretraining the default suite has it
+@pytest.mark.parametrize("way", ["full-packed", "lora-packed"])
 def test_every_engine_goes_on_from_every_other(runs: Runs, tmp_path: Path, way: str) -> None:
     """ddp x 2 → fsdp x 2 → zero3 x 2 → single in one run: the same rows and losses."""
     path = write_config(tmp_path / "c.yaml", runs.config(way, tmp_path / "run", checkpoint={"save_every": 5}))
@@ -142,6 +157,7 @@ def test_every_engine_goes_on_from_every_other(runs: Runs, tmp_path: Path, way: 
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-5)
 
 
+@pytest.mark.slow  # of pretraining the default suite has it
 @pytest.mark.parametrize(("way", "engine"), KILLED)
 def test_killed_it_goes_on_bit_for_bit(runs: Runs, tmp_path: Path, way: str, engine: str) -> None:
     nproc, settings = ENGINES[engine]

@@ -192,6 +192,7 @@ def test_a_rank_with_something_else_is_named_under_an_outside_torchrun(fault: st
     assert lines[-1] == "FAIL"
 
 
+@pytest.mark.slow
 def test_a_loss_that_does_not_fall_and_a_slow_network_fail() -> None:
     done = run_cli("smoke", "--nproc", 2, "--lr", 0, "--min-bandwidth", 1e6, "--epochs", 1, check=4)
     assert "FAIL  loss            did not fall from" in done.stdout

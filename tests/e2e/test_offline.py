@@ -77,7 +77,9 @@ def test_r36_a_local_directory_needs_no_network(tmp_path: Path) -> None:
     assert fix.startswith("copy the whole directory")
 
 
-@pytest.mark.parametrize(("family", "lora"), [("llama", LORA), ("gpt_oss", EXPERT_LORA)])
+@pytest.mark.parametrize(
+    ("family", "lora"), [pytest.param("llama", LORA, marks=pytest.mark.slow), ("gpt_oss", EXPERT_LORA)]
+)
 def test_a_run_from_its_data_to_its_export_needs_no_network(
     tmp_path: Path, family: str, lora: dict[str, object]
 ) -> None:

@@ -105,13 +105,14 @@ def test_export_loads_in_transformers_with_the_trained_logits(finished: Path, tm
 
 
 def test_eval_of_the_export_gives_the_runs_validation_loss(finished: Path) -> None:
-    result = json.loads(run_cli("eval", finished, "--json").stdout)
+    result = json.loads(run_cli("eval", finished, "--json").stdout)["models"][0]["figures"]
     best = min(r["val/loss"] for r in metrics(finished, "val/loss") if r["step"] in (10, 20, 30))
     assert result["val/loss"] == pytest.approx(best, rel=1e-6)
 
 
 def test_eval_on_a_file_and_generate(finished: Path, corpus: Path) -> None:
-    result = json.loads(run_cli("eval", finished, "--data", corpus, "--json").stdout)
+    (found,) = json.loads(run_cli("eval", finished, "--data", corpus, "--json").stdout)["models"]
+    result = found["figures"]
     assert 0 < result["val/loss"] < math.log(384)
     once, again = (
         run_cli("generate", finished, "document 7:", "--max-new-tokens", 12).stdout for _ in range(2)

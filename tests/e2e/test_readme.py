@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.conftest import run_cli, tiny, write_config
 from tests.gad_material import teacher, tiny_gad
+from tests.hub_server import Account, HubServer, serve_hub
 from tests.sft_material import LORA, base_model, conversations, tiny_sft
 from trainway.config.load import load_config, preset_names
 from trainway.planning.geometry import describe_plan
@@ -69,14 +74,67 @@ def test_commands_run_in_order(
         if any("NAME" in word for word in words):
             (name,) = (path.name for path in (tmp_path / "runs").iterdir())
             words = [word.replace("NAME", name) for word in words]
-        done = run_cli(*words)
-        assert done.stdout or done.stderr, command
+        if words[0] in ("board", "serve"):
+            assert served_until_interrupted(words).startswith("http://127.0.0.1:"), command
+        elif words[0] == "chat":
+            assert said_to(words, "Where is the north wind?\n"), command
+        elif words[0] == "release" and "--dry-run" not in words:
+            assert "v0.1" in released(words, tmp_path / "hub")
+        else:
+            done = run_cli(*words)
+            assert done.stdout or done.stderr, command
         run += 1
-    assert run >= 36
+    assert run >= 44
     for model in ("my-model", "sharded-model", "tuned-model", "merged", "student", "reward-model"):
         assert (tmp_path / model / "model.safetensors").exists()
     assert (tmp_path / "released/model.safetensors").exists()
     assert (tmp_path / "adapter/adapter_model.safetensors").exists()
+
+
+def served_until_interrupted(words: list[str]) -> str:
+    """The address that a verb says it serves at, which answers; Ctrl-C ends it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "trainway", *words, "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    found = None
+    while found is None:
+        line = process.stdout.readline()
+        assert line, "it ended without an address"
+        found = re.search(r"http://[\d.]+:\d+", line)
+    path = "/v1/models" if words[0] == "serve" else "/"
+    end = time.monotonic() + 120
+    while (status := answer(found[0] + path)) != 200:
+        assert process.poll() is None and time.monotonic() < end, status
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode in (0, 130)
+    return found[0]
+
+
+def answer(url: str) -> int:
+    try:
+        return httpx.get(url, timeout=30).status_code
+    except httpx.HTTPError:
+        return 0
+
+
+def said_to(words: list[str], text: str) -> str:
+    command = [sys.executable, "-m", "trainway", *words, "--max-new-tokens", "8"]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def released(words: list[str], root: Path) -> dict[str, str]:
+    """The tags of the repository on a Hub of our own, after the release."""
+    token = "hf_" + "aB3" * 12
+    with serve_hub(HubServer(root, {token: Account("me")})) as hub:
+        run_cli(*words, HF_TOKEN=token, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0")
+        return hub.tags("me/my-chat")
 
 
 def test_python_example_runs(tmp_path: Path, corpus: Path, store_dir: Path) -> None:
@@ -108,15 +166,3 @@ def test_table_of_presets_is_true() -> None:
             continue
         total = describe_plan(load_config(name).config)["parameters"]["total"]
         assert float(said[:-1]) * {"M": 1e6, "B": 1e9}[said[-1]] == pytest.approx(total, rel=0.06), name
-
-
-def test_pages_that_it_links_exist() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
-
-
-def test_config_reference_is_up_to_date() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts/config_reference.py", "--check"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr

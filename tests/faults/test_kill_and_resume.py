@@ -96,7 +96,7 @@ NOW, LATER = "checkpoint.async_save=false", "checkpoint.async_save=true"
         pytest.param("fsdp", 1, 0, 28, id="fsdp"),
         pytest.param("fsdp", 14, 6, STEPS, id="fsdp-20", marks=pytest.mark.slow),
         pytest.param("ddp", 3, 1, STEPS, id="ddp", marks=pytest.mark.slow),
-        pytest.param("zero3", 0, 1, 28, id="zero3"),
+        pytest.param("zero3", 0, 1, 28, id="zero3", marks=pytest.mark.slow),
         pytest.param("zero2", 14, 6, STEPS, id="zero2-20", marks=pytest.mark.slow),
         pytest.param("zero3", 14, 6, STEPS, id="zero3-20", marks=pytest.mark.slow),
     ],
@@ -120,8 +120,15 @@ def test_killed_ranks_are_bit_identical(
         assert other.read_bytes() == part.read_bytes(), part.name
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "nproc"),
+    [
+        ("SIGTERM", 2),
+        ("SIGINT", 1),
+        pytest.param("SIGTERM", 1, marks=pytest.mark.slow),
+        pytest.param("SIGINT", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_signal_saves_and_exits_75(
     straight: Path, tmp_path: Path, corpus: Path, store_dir: Path, name: str, nproc: int
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -81,6 +82,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_afterwards(
     assert [record["step"] for record in metrics(run)] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nproc", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_data_that_do_not_come_are_named_with_the_call_that_waits(
     tmp_path: Path, corpus: Path, store_dir: Path, nproc: int
@@ -122,7 +124,9 @@ def test_a_killed_rank_ends_the_run_in_time(tmp_path: Path, corpus: Path, store_
     config = config_file(tmp_path, corpus, store_dir)
     code, said = break_rank(tmp_path, config, 1, lambda victim: victim.kill())
     assert code == 4, said  # what kills a process is most often a machine whose memory is full
-    assert f"rank 1 ({HOST}, pid " in said and "ended while the others went on" in said
+    # whoever notices first: the other rank, or torchrun, which then ends that one before it can speak
+    named = rf"rank 1 \({HOST}, pid \d+\).* ended while the others went on|rank 1 was ended by SIGKILL"
+    assert re.search(named, said), said
     assert "error: a process of the run was killed from outside (SIGKILL)" in said
     run_cli("train", config, "--nproc", 2, OMP_NUM_THREADS="1")
     assert [record["step"] for record in metrics(tmp_path / "run")] == list(range(1, STEPS + 1))

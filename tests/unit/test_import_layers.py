@@ -28,7 +28,7 @@ LAYERS = (
     },
     {"training", "rollout"},
     {"gad"},
-    {"recipes", "release", "launch", "report", "doctor", "smoke", "jobs", "pod"},
+    {"recipes", "release", "launch", "report", "board", "doctor", "smoke", "jobs", "pod"},
     {"cli", "__main__"},
 )
 """Lowest first; a module imports from its own layer and those below."""
@@ -75,7 +75,19 @@ def test_imports_go_one_way(path: Path) -> None:
 
 
 def light_modules() -> list[str]:
-    parts = ("cli", "config", "doctor", "planning", "launch", "jobs", "pod", "errors.py", "run_dir.py")
+    parts = (
+        "board",
+        "cli",
+        "config",
+        "doctor",
+        "planning",
+        "launch",
+        "jobs",
+        "pod",
+        "report",
+        "errors.py",
+        "run_dir.py",
+    )
     files = [path for path in sources() if path.relative_to(ROOT).parts[0] in parts]
     names = [".".join(("trainway", *path.relative_to(ROOT).with_suffix("").parts)) for path in files]
     return ["trainway", *(name.removesuffix(".__init__") for name in names)]

@@ -19,7 +19,15 @@ def test_every_dependency_is_pinned_alike_for_pip_and_uv() -> None:
     pins = {normal(name): version for name, version in (line.split("==") for line in lines)}
     for_uv = dict(line.split("==") for line in project["tool"]["uv"]["constraint-dependencies"])
     extras = project["project"]["optional-dependencies"]
-    wanted = [*project["project"]["dependencies"], *extras["hub"], *extras["kubernetes"], *extras["s3"]]
+    pinned = ("hub", "kubernetes", "s3", "wandb", "mlflow", "trackio", "eval", "gguf", "docs")
+    wanted = [*project["project"]["dependencies"], *(line for name in pinned for line in extras[name])]
     needed = [normal(re.match(r"[\w.-]+", line)[0]) for line in wanted]
     assert sorted(for_uv) == sorted(needed)
     assert {name: pins[name] for name in needed} == for_uv
+
+
+def test_the_board_serves_exactly_the_files_that_are_shipped_with_it() -> None:
+    from trainway.board.server import OWN_STATIC
+
+    shipped = {path.name for path in (ROOT / "src" / "trainway" / "board" / "static").iterdir()}
+    assert shipped == {*OWN_STATIC, "index.html"}

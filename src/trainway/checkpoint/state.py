@@ -10,6 +10,8 @@ from typing import Any
 from trainway.errors import DataError
 
 FORMAT = 1
+STATE_FILE = "state.json"
+"""Its name in a checkpoint."""
 
 
 @dataclass(frozen=True)

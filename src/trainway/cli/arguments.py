@@ -79,6 +79,12 @@ def parse_which(text: str) -> Literal["best", "latest"] | int:
     )
 
 
+def parse_checkpoints(text: str) -> list[str | int]:
+    """`best`, `latest`, `all` and steps, with commas between them. Raises ConfigError for anything else."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    return ["all" if word == "all" else parse_which(word) for word in words]
+
+
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank. Raises ConfigError when it cannot be read."""
     try:

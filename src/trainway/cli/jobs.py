@@ -204,7 +204,7 @@ def reap(
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> int:
-    """Find machines that were started and that no job needs, and end them. Run it by cron on another machine.
+    """Find machines that were started and that no job needs, and end them. What others have started is left alone.
 
     Example: trainway reap --yes
     """

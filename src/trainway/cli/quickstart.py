@@ -66,6 +66,7 @@ What it says about functions that it has never seen:
 {result.seconds:,.0f} s of training. Where everything is:
   {result.model_dir}   the pretrained model, for AutoModelForCausalLM.from_pretrained
   {result.tuned_dir}   the tuned one
+  {result.report}   the pretraining as a page: charts, samples, settings
   {result.chart}   the loss, as a picture
   {result.out / "run"}, {result.out / "tuning"}   metrics, samples, checkpoints, TensorBoard
 

@@ -55,9 +55,7 @@ def print_error(error: UserError) -> None:
     if not is_main_rank():
         print(f"rank {os.environ['RANK']}: {error.what}", file=sys.stderr)
         return
-    for label, text in (("error", error.what), ("why", error.why), ("fix", error.fix)):
-        if text:
-            print(f"{label}: {text}", file=sys.stderr)
+    print(error.lines, file=sys.stderr)
 
 
 @contextmanager

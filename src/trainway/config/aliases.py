@@ -8,7 +8,6 @@ SOURCES = "data.train"
 """The setting whose items may have fields of their own."""
 
 ALIASES: dict[str, str] = {
-    "run_name": "name",
     "output_dir": "run_dir",
     "output": "run_dir",
     "model_name_or_path": "model.path",
@@ -157,6 +156,18 @@ ALIASES: dict[str, str] = {
     "run_evaluation": "eval.after_training",
     "no_evaluation": "eval.after_training",
     "no_push_to_hub": "release.push_to_hub",
+    "hub_model_id": "release.repo",
+    "push_to_hub_model_id": "release.repo",
+    "hub_private_repo": "release.private",
+    "license": "release.licence",
+    "wandb_project": "tracking.project",
+    "project_name": "tracking.project",
+    "mlflow_experiment_name": "tracking.project",
+    "wandb_name": "tracking.run_name",
+    "wandb_run_name": "tracking.run_name",
+    "mlflow_run_name": "tracking.run_name",
+    "wandb_run_group": "tracking.group",
+    "wandb_tags": "tracking.tags",
     "logging_steps": "log.every",
     "log_level": "log.level",
     "log_batches": "log.batches",
@@ -164,14 +175,15 @@ ALIASES: dict[str, str] = {
 """Names of other tools. A bare field name that is unique (`total_steps`, `warmup_steps`) needs no entry here."""
 
 BARE: dict[str, str] = {
+    "run_name": "name",
     "max_seq_len": "train.seq_len",
     "warmup_steps": "schedule.warmup_steps",
     "temperature": "eval.temperature",
     "stage": "recipe",
     "batch_size": "train.micro_batch_size",
 }
-"""Fields that mean one setting where their section is not given: elsewhere max_seq_len is the length of a row,
-warmup_steps are those of the learning rate, a stage is pt or sft, and a batch is trained."""
+"""Fields that mean one setting where their section is not given: elsewhere run_name also names the directory, max_seq_len
+is the length of a row, warmup_steps are those of the learning rate, a stage is pt or sft, and a batch is trained."""
 
 SECTION_VALUES: dict[str, str] = {
     "model": "model.path",
@@ -235,7 +247,7 @@ VALUES: dict[str, dict[Any, Any]] = {
     "engine.name": {"ds": "zero3", "deepspeed": "zero3", "fsdp2": "fsdp"},
     "zero_stage": {2: "zero2", 3: "zero3"},
     "log.level": {word.upper(): word for word in ("debug", "info", "warning", "error")},
-    "tracking.report_to": {"none": ()},
+    "tracking.report_to": {"none": (), "all": ("tensorboard", "wandb", "mlflow", "trackio")},
     "max_steps": {-1: None},
 }  # fmt: skip
 """Other tools' values of a setting, by its path or by the alias that has them."""
@@ -261,7 +273,10 @@ OBSOLETE: dict[str, str] = {
     "group_by_length": "rows are packed (data.packing), so that none is padded",
     "dataloader_num_workers": "rows are read ahead in the background: set data.prefetch_steps",
     "lora_bias": "adapters have no biases",
-    "hub_model_id": "the repository is named when a model is released, not in a run",
+    "hub_strategy": "a model is released once, after the last step: set release.which for another checkpoint",
+    "hub_always_push": "a model is released once, after the last step",
+    "hub_revision": "a release is a commit on main with a tag: set release.tag",
+    "push_to_hub_organization": "release.repo names the owner too: OWNER/NAME",
 }
 """Names that deserve an answer of their own."""
 

@@ -247,15 +247,40 @@ def _tuned_model(config: RunConfig, origins: Mapping[str, str]) -> list[ConfigEr
 
 
 def _release(config: RunConfig, origins: Mapping[str, str]) -> list[ConfigError]:
-    if not config.release.push_to_hub:
-        return []
-    return [
-        ConfigError(
-            f"{origins['release.push_to_hub']}: release.push_to_hub is not there yet",
-            "a run does not upload its model",
-            "take it out; after the run `trainway export RUN --out DIR`, then `hf upload REPO DIR`",
+    release, problems = config.release, []
+    if release.push_to_hub and release.repo is None:
+        problems.append(
+            ConfigError(
+                f"{origins['release.push_to_hub']}: release.push_to_hub is on, and release.repo is empty",
+                "the model goes to a repository of the Hub, and none is named",
+                "set release.repo=OWNER/NAME, or take it out",
+            )
         )
-    ]
+    if release.merge and not config.lora.enabled:
+        problems.append(
+            ConfigError(
+                f"{origins['release.merge']}: release.merge is on without lora",
+                "the whole model is trained, and there is no adapter to merge",
+                "take it out",
+            )
+        )
+    if release.merge and config.lora.quantize != "none":
+        problems.append(
+            ConfigError(
+                f"{origins['release.merge']}: release.merge is on, and lora.quantize is {config.lora.quantize}",
+                "into what such an adapter is merged has to be said by name, when it is known how well it does",
+                "release the adapter, and merge it later: trainway export RUN --merge-into dequantized",
+            )
+        )
+    if release.base is not None and config.model.path is None:
+        problems.append(
+            ConfigError(
+                f"{origins['release.base']}: release.base is {release.base}, and model.path is empty",
+                "the model is trained from scratch",
+                "take it out",
+            )
+        )
+    return problems
 
 
 def _engine(config: RunConfig, origins: Mapping[str, str]) -> list[ConfigError]:

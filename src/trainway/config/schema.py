@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, StringConstraints
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+_PART = r"[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*"
+RepositoryName = Annotated[str, StringConstraints(pattern=rf"^{_PART}/{_PART}$", max_length=96)]
+"""OWNER/NAME on the Hub."""
+ModelName = Annotated[str, StringConstraints(pattern=rf"^({_PART}/)?{_PART}$", max_length=96)]
+"""A model on the Hub; the oldest ones have no owner."""
+TagName = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9_]([A-Za-z0-9_.+-]*[A-Za-z0-9_+-])?$", max_length=100)
+]
+LicenceName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.+-]*$", max_length=64)]
 
 
 class Section(BaseModel):
@@ -370,8 +379,19 @@ class EvalConfig(Section):
 class TrackingConfig(Section):
     """Where metrics go, beside metrics.jsonl, which is always written."""
 
-    report_to: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
-    """Trackers to write to."""
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
+    """Trackers to write to, several at once. Their own variables (WANDB_*, MLFLOW_*, TRACKIO_*) say where they are."""
+    project: str | None = None
+    """Project of Weights & Biases and Trackio, experiment of MLflow; empty means what their variables say, else
+    trainway."""
+    run_name: str | None = None
+    """Name of the run at the trackers; empty means that of its directory."""
+    group: str | None = None
+    """Group of runs that this one belongs to."""
+    tags: tuple[str, ...] = ()
+    """Words to find the run by."""
+    wait_s: NonNegativeFloat = 30
+    """How long the end of a run waits until its trackers hold everything; `trainway runs sync` sends what is left."""
 
 
 class LogConfig(Section):
@@ -402,10 +422,24 @@ class WatchdogConfig(Section):
 
 
 class ReleaseConfig(Section):
-    """What happens to the model when the run is done."""
+    """What leaves for the Hugging Face Hub when the run is done, by itself or by `trainway release`."""
 
     push_to_hub: bool = False
-    """Upload it to the Hugging Face Hub."""
+    """After the last step, upload the model and tag it; that it can be done is checked before the training starts."""
+    repo: RepositoryName | None = None
+    """Where to: OWNER/NAME. It is made when it is not there."""
+    tag: TagName = "v0.1"
+    """Tag of the release; it is set last, when everything else is there."""
+    private: bool = True
+    """Make a private repository; off: everyone may read it."""
+    which: Literal["best", "latest"] | NonNegativeInt = "best"
+    """The checkpoint to release: best, latest, or a step. Without an evaluation the latest is the best."""
+    merge: bool = False
+    """lora: release one plain model, the adapter merged into its base."""
+    licence: LicenceName | None = None
+    """The model's licence, as the Hub names it, such as apache-2.0; empty means the card names none."""
+    base: ModelName | None = None
+    """Hub id of the model that the training started from, for the card, where model.path is a local directory."""
 
 
 class RunConfig(Section):

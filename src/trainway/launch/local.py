@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
@@ -60,11 +60,22 @@ def start_training(
         UserError, Stopped: as the recipe, when it runs in this process.
         EnvironmentFault: a library is missing, or a rank was killed, most likely because memory ran out.
     """
-    config = load_config(source, overrides).config
+    loaded = load_config(source, overrides)
+    config = loaded.config
+    first = not under_launcher()
+    if first:
+        _refuse_push(config)
     again = ["train", str(source), *overrides, "--resume", str(resume)]
     code = spread(config, again + ["--allow-changes"] * allow_changes, torchrun_args)
     if code is None:
-        train_here(config, resume=resume, allow_changes=allow_changes, progress=progress)
+        train_here(
+            config,
+            resume=resume,
+            allow_changes=allow_changes,
+            progress=progress,
+            origins=loaded.origins,
+            checked=first,
+        )
     return code or 0
 
 
@@ -96,22 +107,56 @@ def train_here(
     resume: ResumeChoice = "auto",
     allow_changes: bool = False,
     progress: PrepareProgress | None = None,
+    origins: Mapping[str, str] = MappingProxyType({}),
+    checked: bool = False,
 ) -> RunResult:
-    """Train in this process, which is the whole run or one rank of it."""
+    """Train in this process, which is the whole run or one rank of it; then rank 0 releases, if that is planned.
+
+    Args:
+        origins: of the settings, for the report.
+        checked: whether it is known that a planned release can be made; else rank 0 sees to that first.
+    """
     settle_environment(config)
+    is_main = os.environ.get("RANK", "0") == "0"
+    if is_main and not checked and PARENT not in os.environ:  # our own launching command has seen to it
+        _refuse_push(config)
+    how: dict[str, Any] = {
+        "resume": resume,
+        "allow_changes": allow_changes,
+        "progress": progress,
+        "origins": origins,
+    }
+    result = _train(config, how)
+    if is_main and config.release.push_to_hub:
+        from trainway.release.publish import release_after_training
+
+        released = release_after_training(result.run_dir, config, lambda line: stage("RELEASE", line))
+        stage("RELEASE", f"{released.url} (revision {released.revision})")
+    return result
+
+
+def _train(config: RunConfig, how: dict[str, Any]) -> RunResult:
     match config.recipe:
         case "pretrain":
             from trainway.recipes.pretrain import pretrain
 
-            return pretrain(config, resume=resume, allow_changes=allow_changes, progress=progress)
+            return pretrain(config, **how)
         case "sft":
             from trainway.recipes.sft import sft
 
-            return sft(config, resume=resume, allow_changes=allow_changes, progress=progress)
+            return sft(config, **how)
         case "gad":
             from trainway.recipes.gad import gad
 
-            return gad(config, resume=resume, allow_changes=allow_changes, progress=progress)
+            return gad(config, **how)
+
+
+def _refuse_push(config: RunConfig) -> None:
+    """Before the first step: raise EnvironmentFault where a planned release could not be made at the end."""
+    if config.release.push_to_hub:
+        from trainway.release.readiness import refuse_push
+
+        refuse_push(config)
 
 
 def settle_environment(config: RunConfig) -> None:

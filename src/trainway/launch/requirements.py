@@ -10,6 +10,7 @@ from trainway.config.rules import is_local
 from trainway.config.schema import RunConfig
 from trainway.errors import ConfigError, DataError, EnvironmentFault
 from trainway.storage.address import is_remote
+from trainway.tracking import refuse_missing_trackers
 
 DATA_SUFFIXES = (".txt", ".text", ".md", ".py", ".jsonl", ".ndjson", ".json", ".gz", ".parquet", ".csv")
 
@@ -50,6 +51,7 @@ def _check_libraries(config: RunConfig) -> None:
             "",
             "pip install 'trainway[qlora]', or leave lora.quantize at none",
         )
+    refuse_missing_trackers(config.tracking)
 
 
 def _check_file(key: str, path: str | None) -> None:

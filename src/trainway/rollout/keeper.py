@@ -21,7 +21,7 @@ class Kept:
 
     The end comes with `close`, or with the end of this process, however that came about.
 
-    log: takes what the command prints; environment: the command's.
+    log: takes what the command prints; show: it goes where this process's does; environment: the command's.
     """
 
     def __init__(
@@ -30,6 +30,7 @@ class Kept:
         *,
         remove: Sequence[Path],
         log: Path | None = None,
+        show: bool = False,
         environment: Mapping[str, str] = os.environ,
     ) -> None:
         self._remove = remove
@@ -39,8 +40,8 @@ class Kept:
             self._process = subprocess.Popen(
                 keeper,
                 stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
+                stdout=None if show else output,
+                stderr=None if show else subprocess.STDOUT,
                 env=dict(environment),
                 start_new_session=True,  # Ctrl-C in a terminal is for the training process, which saves first
             )

@@ -42,7 +42,7 @@ def test_version_and_help() -> None:
 
 VERBS = """
 quickstart; presets; presets show; config check; config show; config schema; prepare; train; tokenizer train
-tokenizer show; eval; generate; export; runs; checkpoints; compare; plan; doctor; smoke; bench
+tokenizer show; eval; generate; export; release; runs; checkpoints; compare; plan; doctor; smoke; bench
 """
 
 

@@ -152,8 +152,14 @@ def test_the_flags_and_knobs_of_the_lora_launcher() -> None:
     assert (loaded.config.release.push_to_hub, loaded.config.eval.after_training) == (False, False)
     assert loaded.origins["eval.after_training"] == "environment RUN_EVALUATION"
     assert load("gpt_oss_20b_lora", RUN_EVALUATION="true").eval.after_training is True
-    assert "release.push_to_hub is not there yet" in refused("gpt_oss_20b_lora", PUSH_TO_HUB="true").what
-    assert "hf upload" in refused("gpt_oss_20b_lora", ["--push_to_hub"]).fix
+    words = ["--hub_model_id", "ada/tuned", "--hub_private_repo", "false", "--license", "apache-2.0"]
+    release = load("gpt_oss_20b_lora", words, PUSH_TO_HUB="true").release
+    assert release.push_to_hub and (release.repo, release.private) == ("ada/tuned", False)
+    assert (release.licence, release.tag, release.which) == ("apache-2.0", "v0.1", "best")
+    assert load("gpt_oss_20b_lora", ["--push_to_hub", *words]).release == release
+    assert "release.repo is empty" in refused("gpt_oss_20b_lora", PUSH_TO_HUB="true").what
+    obsolete = str(refused("gpt_oss_20b_lora", ["--hub_strategy", "end"]))
+    assert "set release.which" in obsolete
 
 
 def test_packing_is_a_switch_and_a_word() -> None:
