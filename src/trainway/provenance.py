@@ -7,17 +7,17 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from trainway.masking import mask_secrets
+
 PACKAGES = ("trainway", "torch", "transformers", "tokenizers", "safetensors", "numpy")
-MASK = "***"
 GIT_TIMEOUT_S = 3.0
 
 
@@ -47,69 +47,6 @@ def config_hash(config: Mapping[str, Any]) -> str:
     """
     text = json.dumps(config, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def mask_secrets(argv: Sequence[str]) -> list[str]:
-    """The command line with values that look like secrets replaced by ***."""
-    masked = []
-    awaiting = False  # `--hf-token VALUE`: the value is the next argument
-    for argument in argv:
-        if awaiting and not argument.startswith("--"):
-            masked.append(MASK)
-            awaiting = False
-            continue
-        awaiting = bool(_FLAG.fullmatch(argument))
-        masked.append(_mask(argument))
-    return masked
-
-
-def mask_tokens(text: str) -> str:
-    """A text with logins in URLs, bearer tokens and tokens of known kinds replaced by ***; prose stays as it is."""
-    text = _URL_LOGIN.sub(rf"\1{MASK}@", text)
-    text = _BEARER.sub(rf"\1{MASK}", text)
-    return _KNOWN.sub(MASK, text)
-
-
-def secret_values(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """What the environment's variables with a secret's name hold, the longest first: one may hold another. No paths, and
-    nothing so short that it stands in a text by chance."""
-    values = {value.strip() for name, value in environ.items() if _SECRET_VARIABLE.fullmatch(name)}
-    found = [value for value in values if len(value) >= SHORTEST_SECRET and not value.startswith("/")]
-    return sorted(found, key=lambda value: (-len(value), value))
-
-
-def hide_secrets(text: str, values: Iterable[str] | None = None) -> str:
-    """A text with tokens of known kinds, and these values, replaced by ***; None: those of this process's secrets."""
-    for value in secret_values() if values is None else values:
-        text = text.replace(value, MASK)
-    return mask_tokens(text)
-
-
-SHORTEST_SECRET = 8
-_SECRET_VARIABLE = re.compile(
-    r".*(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|KEY|KEY_ID|AUTHORIZATION)", re.IGNORECASE
-)
-# A setting whose last word is a secret's name: hf_token=, --wandb.api-key=. Not max_tokens=, not tokenizer.path=.
-_SECRET_NAME = (
-    r"[\w.\-]*(?:token|secret|passw(?:or)?d|passphrase|credentials?|apikey|(?<![a-z])key|authorization)"
-)
-_FLAG = re.compile(rf"--?{_SECRET_NAME}", re.IGNORECASE)
-_SETTING = re.compile(rf"(-{{0,2}}{_SECRET_NAME}=).+", re.IGNORECASE | re.DOTALL)
-_INSIDE = re.compile(
-    rf"""((?<![\w.\-]){_SECRET_NAME}["']?\s*[:=]\s*)("[^"]*"|'[^']*'|[^\s,}}]+)""", re.IGNORECASE
-)
-_URL_LOGIN = re.compile(r"(://)[^/\s@]+@")
-_BEARER = re.compile(r"(bearer\s+)\S+", re.IGNORECASE)
-_KNOWN = re.compile(
-    r"(?:hf_|ghp_|gho_|ghs_|github_pat_|glpat-|sk-|rpa_|xox[abprs]-|AKIA|ASIA|AIza|wandb_v1_|npm_|pypi-|ya29\.|eyJ)"
-    r"[\w.\-]{12,}"
-)
-
-
-def _mask(argument: str) -> str:
-    if match := _SETTING.fullmatch(argument):
-        return match[1] + MASK
-    return _INSIDE.sub(rf"\1{MASK}", mask_tokens(argument))
 
 
 def _package_git() -> dict[str, Any] | None:

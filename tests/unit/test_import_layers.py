@@ -13,7 +13,7 @@ import trainway
 
 ROOT = Path(trainway.__file__).parent
 LAYERS = (
-    {"planning", "config", "run_dir", "files", "errors", "logs", "provenance"},
+    {"planning", "config", "run_dir", "files", "errors", "logs", "masking", "provenance"},
     {
         "engines",
         "checkpoint",

@@ -13,7 +13,7 @@ from trainway.board.place import Place, signature
 from trainway.board.runs import RunWatch
 from trainway.checkpoint.store import CheckpointStore
 from trainway.errors import UserError
-from trainway.provenance import mask_secrets
+from trainway.masking import mask_secrets
 
 SAMPLES_BYTES = 256 << 10
 MOST_SAMPLES = 60

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 
-from trainway.provenance import MASK, secret_values
+from trainway.masking import MASK, secret_values
 from trainway.report.html import plain
 
 _SECRET = r"(?:token|secret|password|passwd|passphrase|api_?key|access_?key|credentials?|authorization)"

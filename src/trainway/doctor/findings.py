@@ -9,22 +9,12 @@ from typing import Literal
 
 from trainway.config.schema import RunConfig
 from trainway.errors import UserError
-from trainway.provenance import hide_secrets
+from trainway.masking import hide_secrets, secret_values
 
 Level = Literal["ok", "warning", "failure"]
 
 POD_VARIABLE = "RUNPOD_POD_ID"
 PAID_VARIABLE = "TRAINWAY_PAID"
-SECRET_VARIABLES = (
-    "HF_TOKEN",
-    "HUGGINGFACEHUB_API_TOKEN",
-    "HUGGINGFACE_HUB_TOKEN",
-    "WANDB_API_KEY",
-    "RUNPOD_API_KEY",
-    "MLFLOW_TRACKING_PASSWORD",
-    "MLFLOW_TRACKING_TOKEN",
-)
-"""Their values stand in no finding, whatever a library or a server says."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +101,7 @@ def bounded(name: str, check: Callable[[], Iterable[Finding]], limit_s: float) -
 
 def without_secrets(findings: Iterable[Finding], environ: Mapping[str, str]) -> list[Finding]:
     """The findings with everything that is or looks like a secret replaced by ***."""
-    values = [value for name in SECRET_VARIABLES if len(value := environ.get(name, "").strip()) >= 8]
+    values = secret_values(environ)
 
     def clean(text: str) -> str:
         return hide_secrets(text, values)

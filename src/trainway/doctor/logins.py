@@ -22,7 +22,7 @@ from trainway.doctor.findings import Finding, failure, fault, listed, ok, warnin
 from trainway.doctor.needs import hub_home
 from trainway.doctor.network import Answer, ask, endpoint
 from trainway.errors import UserError
-from trainway.provenance import mask_tokens
+from trainway.masking import mask_tokens
 from trainway.tracking import install_command
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
@@ -208,13 +208,22 @@ def check_trackers(
     report_to: Iterable[str], environ: Mapping[str, str], find: Callable[[str], object]
 ) -> Iterator[Finding]:
     """Whether the trackers are installed and logged in to. find: as importlib.util.find_spec."""
-    wanted = set(report_to)
-    if "wandb" in wanted:
-        yield from _check_wandb(environ, find)
-    if "mlflow" in wanted:
-        yield from _check_mlflow(environ, find, ask)
-    if "trackio" in wanted:
-        yield from _check_trackio(environ, find, ask)
+    for name in report_to:
+        if name == "tensorboard":  # files beside the run: nothing to log in to
+            continue
+        if find(name) is None:
+            yield failure(
+                name,
+                f"tracking.report_to names {name}, which is not installed",
+                "the run would be refused",
+                install_command([name]),
+            )
+        elif name == "wandb":
+            yield from _check_wandb(environ)
+        elif name == "mlflow":
+            yield from _check_mlflow(environ, find, ask)
+        else:
+            yield from _check_trackio(environ, ask)
 
 
 def check_git(environ: Mapping[str, str], home: Path) -> Iterator[Finding]:
@@ -283,16 +292,9 @@ def check_secrets(
         yield ok("secrets", "no token stands on a command line of yours")
 
 
-def _check_wandb(environ: Mapping[str, str], find: Callable[[str], object]) -> Iterator[Finding]:
+def _check_wandb(environ: Mapping[str, str]) -> Iterator[Finding]:
     mode = environ.get("WANDB_MODE", "")
-    if find("wandb") is None:
-        yield failure(
-            "wandb",
-            "tracking.report_to names wandb, which is not installed",
-            "the run would be refused",
-            install_command(["wandb"]),
-        )
-    elif mode in ("offline", "disabled", "dryrun"):
+    if mode in ("offline", "disabled", "dryrun"):
         yield ok("wandb", f"Weights & Biases: WANDB_MODE is {mode}, so no login is needed")
     elif environ.get("WANDB_API_KEY") or _has_netrc(environ):
         yield ok("wandb", "Weights & Biases: there is a key")
@@ -317,14 +319,6 @@ def _check_mlflow(
     environ: Mapping[str, str], find: Callable[[str], object], asked: Callable[[str], Answer]
 ) -> Iterator[Finding]:
     uri = environ.get("MLFLOW_TRACKING_URI", "")
-    if find("mlflow") is None:
-        yield failure(
-            "mlflow",
-            "tracking.report_to names mlflow, which is not installed",
-            "the run would be refused",
-            install_command(["mlflow"]),
-        )
-        return
     if uri == "databricks" or uri.startswith(("databricks://", "databricks-uc")):
         yield ok("mlflow", f"MLflow: {uri}, with the login of Databricks' own tools")
         return
@@ -366,18 +360,9 @@ def _check_mlflow_store(uri: str, find: Callable[[str], object]) -> Iterator[Fin
     yield ok("mlflow", f"MLflow keeps its files in {place}")
 
 
-def _check_trackio(
-    environ: Mapping[str, str], find: Callable[[str], object], asked: Callable[[str], Answer]
-) -> Iterator[Finding]:
+def _check_trackio(environ: Mapping[str, str], asked: Callable[[str], Answer]) -> Iterator[Finding]:
     server, space = environ.get("TRACKIO_SERVER_URL", ""), environ.get("TRACKIO_SPACE_ID", "")
-    if find("trackio") is None:
-        yield failure(
-            "trackio",
-            "tracking.report_to names trackio, which is not installed",
-            "the run would be refused",
-            install_command(["trackio"]),
-        )
-    elif space and find_token(environ) is None:
+    if space and find_token(environ) is None:
         yield failure(
             "trackio",
             f"TRACKIO_SPACE_ID is {space}, and there is no token of the Hub",

@@ -11,6 +11,7 @@ from trainway.config.schema import RunConfig
 from trainway.errors import ConfigError
 from trainway.jobs.hub import has_token, hub_repository
 from trainway.jobs.spec import JobSpec
+from trainway.masking import holds_token, is_secret_variable
 from trainway.recipes.volume import ERASED
 
 PAID = ("runpod", "kubernetes")
@@ -19,10 +20,6 @@ OWN_SECTIONS = ("ssh", "runpod", "kubernetes")
 MOST_VARIABLES = 40
 """RunPod takes 50; some are ours."""
 _Where = Callable[[str], str]
-_SECRET_NAME = re.compile(
-    r"(?i)(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CREDENTIALS?)($|_)"
-)
-_SECRET_VALUE = re.compile(r"(hf_|api_org_|rpa_|ghp_|github_pat_|sk-|AKIA)[A-Za-z0-9_-]{16,}")
 
 
 def broken_rules(spec: JobSpec, origins: Mapping[str, str]) -> Iterator[ConfigError]:
@@ -125,7 +122,7 @@ def _sections(spec: JobSpec, origins: Mapping[str, str], where: _Where) -> Itera
 
 def _variables(spec: JobSpec, where: _Where) -> Iterator[ConfigError]:
     for name, value in spec.env.items():
-        if _SECRET_NAME.search(name) or name.lower() in SECRETS or _SECRET_VALUE.search(value):
+        if is_secret_variable(name) or name.lower() in SECRETS or holds_token(value):
             yield ConfigError(  # the value is not repeated
                 f"{where(f'env.{name}')}env.{name} looks like a secret",
                 "the job file, the request and the provider's pages show what env holds",
@@ -134,7 +131,7 @@ def _variables(spec: JobSpec, where: _Where) -> Iterator[ConfigError]:
     for name in set(spec.env) & set(spec.secrets):
         yield ConfigError(f"{where(f'env.{name}')}{name} is in env and in secrets", "", "keep one of the two")
     for name, value in spec.secrets.items():
-        if _SECRET_VALUE.search(value):
+        if holds_token(value):
             yield ConfigError(
                 f"{where(f'secrets.{name}')}secrets.{name} holds a value",
                 "it takes the name of a secret",

@@ -11,7 +11,7 @@ from typing import TypeVar
 from trainway.data.hub_errors import is_unreachable
 from trainway.data.printable import printable
 from trainway.errors import ConfigError, EnvironmentFault, UserError, error_chain
-from trainway.provenance import mask_tokens
+from trainway.masking import mask_tokens
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 TRANSIENT = (408, 412, 425, 429, 500, 502, 503, 504)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from trainway.errors import DataError
+from trainway.masking import SHORTEST_SECRET, is_secret_variable
 
 KINDS: dict[str, tuple[bytes, bytes]] = {
     "a token of the Hugging Face Hub": (rb"hf_ api_org_", rb"(?:hf_|api_org_)[A-Za-z0-9]{20,}"),
@@ -48,14 +49,6 @@ KINDS: dict[str, tuple[bytes, bytes]] = {
 }
 """What a secret is: how it may begin (separated by spaces), and its form from there on."""
 
-SECRET_NAME = re.compile(
-    r"(?i)(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CREDENTIALS?)($|_)"
-)
-"""Names of environment variables whose values are secret."""
-PLACES = re.compile(r"(?i)_(PATH|FILE|DIR|URL|ID|NAME|TYPE|LIMIT|TTL)$")
-"""Endings of names that say where a secret is, or how large, and not what it is."""
-SHORTEST = 8
-"""Characters of a value that is searched for: a shorter one stands in every text by chance. `_runs` counts on 8."""
 BLOCK = 8 << 20
 OVERLAP = 8 << 10
 """Bytes that two blocks share; no token is longer."""
@@ -146,7 +139,7 @@ def known_secrets(environ: Mapping[str, str] = os.environ, home: Path | None = N
 
     found = {}
     for name, value in environ.items():
-        if SECRET_NAME.search(name) and not PLACES.search(name):
+        if is_secret_variable(name):
             found[f"the value of {name}"] = value
     if token := find_token(environ):
         found.setdefault("the login of the Hugging Face Hub", token)
@@ -156,7 +149,7 @@ def known_secrets(environ: Mapping[str, str] = os.environ, home: Path | None = N
     values: dict[str, str] = {}
     for kind, value in found.items():
         text = value.strip()
-        if len(text) >= SHORTEST and not text.startswith("/") and text not in values.values():
+        if len(text) >= SHORTEST_SECRET and not text.startswith("/") and text not in values.values():
             values[kind] = text
     return values
 
@@ -216,7 +209,7 @@ def _runs(data: bytes) -> Iterator[tuple[int, bytes]]:
     firsts = begins[np.concatenate(([0], gaps + 1))].tolist()
     lasts = begins[np.concatenate((gaps, [begins.size - 1]))].tolist()
     for first, last in zip(firsts, lasts, strict=True):
-        yield first, data[first : last + SHORTEST]
+        yield first, data[first : last + SHORTEST_SECRET]
 
 
 def _unescaped(match: re.Match[str]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from importlib import resources
 from typing import Any
 
-from trainway.provenance import hide_secrets
+from trainway.masking import hide_secrets
 
 STATIC = ("uPlot.iife.min.js", "charts.js", "uPlot.min.css", "style.css")
 """What every page with charts holds, in this order: scripts, then styles."""

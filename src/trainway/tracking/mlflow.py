@@ -13,7 +13,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import get_tracking_uri
 
-from trainway.provenance import mask_tokens
+from trainway.masking import mask_tokens
 from trainway.tracking.target import Row, Target
 
 KEY_TAG = "trainway.key"

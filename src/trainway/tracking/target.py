@@ -12,7 +12,7 @@ import yaml
 from trainway.config.schema import TrackingConfig
 from trainway.errors import DataError
 from trainway.files import atomic_write, read_json
-from trainway.provenance import MASK, mask_secrets, secret_values
+from trainway.masking import MASK, mask_secrets, secret_values
 from trainway.run_dir import RunDir
 
 PROJECT = "trainway"
