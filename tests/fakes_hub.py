@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.servers import QuietHandler, http_server
 
 
 class FakeHub:
@@ -87,47 +87,17 @@ class FakeHub:
 
 @contextmanager
 def serve(hub: FakeHub) -> Iterator[FakeHub]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
+    class Handler(QuietHandler):
         def date_time_string(self, timestamp: float | None = None) -> str:
             return hub.date or super().date_time_string(timestamp)
 
-        def do_GET(self) -> None:
+        def answer(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             status, body, headers = hub.answer(self.path, self.headers.get("Authorization"))
-            span = self.headers.get("Range")
-            if status == 200 and span and span.startswith("bytes="):
-                first, last = span.removeprefix("bytes=").split("-")
-                total = len(body)
-                body = body[int(first) : int(last) + 1 if last else None]
-                headers = {**headers, "Content-Range": f"bytes {first}-{int(first) + len(body) - 1}/{total}"}
-                status = 206
-            self.send_response(status)
-            for key, value in headers.items():
-                self.send_header(key, value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command != "HEAD" and self.path.rpartition("/")[2] in hub.cut:
-                self.wfile.write(body[: len(body) // 2])
-                self.close_connection = True
-            elif self.command != "HEAD":
-                self.wfile.write(body)
+            self.reply(status, body, headers, cut=self.path.rpartition("/")[2] in hub.cut)
 
-        do_HEAD = do_POST = do_GET  # noqa: N815 - the names that the server looks for
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with http_server(Handler) as hub.url:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def _json(value: Any) -> tuple[int, bytes, dict[str, str]]:

@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from tests.runpod_contract import SPECS_VARIABLE, contract
+from tests.servers import http_server
 from trainway.jobs.runpod import models
 
 KEY = "rpa_CANARY0KEY0OF0THE0ACCOUNT00"
@@ -466,16 +467,9 @@ def runpod(now: Callable[[], float]) -> Iterator[FakeRunPod]:
     """The fake, listening on loopback at `url`, until the block ends."""
     fake = FakeRunPod(now)
     handler = type("Handler", (_Handler,), {"fake": fake})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    fake.url = f"http://127.0.0.1:{server.server_address[1]}/v2"
-    try:
+    with http_server(handler) as url:
+        fake.url = f"{url}/v2"
         yield fake
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def _problem(status: int, detail: str, errors: list[str] | None = None) -> Answer:

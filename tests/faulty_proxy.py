@@ -7,8 +7,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Literal
+
+from tests.servers import http_server
 
 Fault = Literal[
     "500", "503", "429", "cut request", "cut answer", "lost answer", "wrong etag", "flipped", "short", "hold"
@@ -112,22 +114,11 @@ def faulty_proxy(host: str, port: int) -> Iterator[Faults]:
 
         do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any  # noqa: N815 - the names that the server looks for
 
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, request: object, client_address: object) -> None:
-            """A client that was killed is no news."""
-
-    server = Server(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    faults.url = f"http://127.0.0.1:{server.server_port}"
-    try:
-        yield faults
-    finally:
-        faults.release.set()
-        server.shutdown()
-        server.server_close()
+    with http_server(Handler) as faults.url:
+        try:
+            yield faults
+        finally:
+            faults.release.set()
 
 
 _OWN = ("connection", "content-length", "transfer-encoding", "date", "server")

@@ -11,11 +11,12 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from tests.servers import QuietHandler, http_server
 
 LFS_SUFFIXES = (".safetensors", ".png", ".bin", ".model")
 LFS_FROM_BYTES = 10_000_000
@@ -488,12 +489,7 @@ class HubServer:
 def serve_hub(hub: HubServer) -> Iterator[HubServer]:
     """The server on a port of its own while the block lasts; `hub.url` is what HF_ENDPOINT takes."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
+    class Handler(QuietHandler):
         def _body(self) -> bytes:
             if self.headers.get("Transfer-Encoding", "") == "chunked":
                 return b"".join(self._chunks())
@@ -515,7 +511,7 @@ def serve_hub(hub: HubServer) -> Iterator[HubServer]:
                 self.rfile.readline()
             self.rfile.readline()
 
-        def _serve(self) -> None:
+        def answer(self) -> None:
             try:
                 is_lost = hub.begin_request()
                 shown = [f"{k}: {v}" for k, v in self.headers.items() if k.lower() != "authorization"]
@@ -527,40 +523,10 @@ def serve_hub(hub: HubServer) -> Iterator[HubServer]:
                 hub.cuts.append(f"{self.command} {self.path}")
                 self.close_connection = True
                 return
-            self._send(status, body, headers)
+            self.reply(status, body, headers)
 
-        def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-            span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-            if status == 200 and span:
-                total, first = len(body), int(span[1])
-                body = body[first : int(span[2]) + 1 if span[2] else None]
-                headers = {**headers, "Content-Range": f"bytes {first}-{first + len(body) - 1}/{total}"}
-                status = 206
-            self.send_response(status)
-            for key, value in headers.items():
-                self.send_header(key, value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-        do_GET = do_HEAD = do_POST = do_PUT = _serve  # noqa: N815 - the names that the server looks for
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, request: Any, address: Any) -> None:
-            pass  # a client that has gone
-
-    server = Server(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with http_server(Handler) as hub.url:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def _is_lfs(name: str, size: int) -> bool:

@@ -6,13 +6,12 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from tests.servers import QuietHandler, http_server
 from trainway.jobs.orders import JobDir, Orders, PodState
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,29 +89,17 @@ def runpod(answers: Callable[[int, str, str], int]) -> Iterator[tuple[str, list[
     """An API whose answer number N to (method, path) has the status that `answers` gives; yields (address, requests)."""
     requests: list[tuple[str, str, str]] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def _answer(self) -> None:
+    class Handler(QuietHandler):
+        def answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
             requests.append((self.command, self.path, body))
             assert self.headers["Authorization"] == "Bearer " + KEY
             code = answers(len(requests), self.command, self.path)
             said = b"" if code == 204 else json.dumps({"title": "busy", "status": code}).encode()
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(said)))
-            self.end_headers()
-            self.wfile.write(said)
+            self.reply(code, said)
 
-        do_POST = do_DELETE = _answer  # noqa: N815 - the library's names
-
-        def log_message(self, *args: object) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", requests
-    finally:
-        server.shutdown()
-        server.server_close()
+    with http_server(Handler) as url:
+        yield url, requests
 
 
 KEY = "canary-8d1f-of-a-key"

@@ -7,14 +7,13 @@ import re
 import shlex
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import run_cli
+from tests.servers import QuietHandler, http_server
 from trainway.config.load import preset_names
 from trainway.planning.published import PUBLISHED
 
@@ -107,10 +106,10 @@ def test_json_is_stable() -> None:
     assert found["missing"] == []
 
 
-class Answers(BaseHTTPRequestHandler):
+class Answers(QuietHandler):
     """Both services that a plan may ask: RunPod's catalogue, and a Hub with one model."""
 
-    def do_GET(self) -> None:
+    def answer(self) -> None:
         if self.path == "/v2/catalog/gpus" and self.headers.get("Authorization") == "Bearer my-key":
             price = {"secure": 1.23, "community": 1.0}
             body: dict[str, Any] = {"gpus": [{"id": "NVIDIA H200", "secure": True, "price": price}]}
@@ -119,21 +118,12 @@ class Answers(BaseHTTPRequestHandler):
         else:
             self.send_error(404)
             return
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(json.dumps(body).encode())
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
+        self.reply(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
 
 def test_what_is_asked_of_the_network() -> None:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
     words = ("plan", "lora_default", "--gpu", "H200", "--num-gpus", "1")
-    try:
+    with http_server(Answers) as url:
         asked = run_cli(*words, "--refresh-prices", TRAINWAY_RUNPOD_API=f"{url}/v2", RUNPOD_API_KEY="my-key")
         assert "$1.23 per GPU-hour" in asked.stdout
         kept = run_cli(*words)
@@ -148,9 +138,6 @@ def test_what_is_asked_of_the_network() -> None:
         assert missing.stderr.startswith("error: the shape of somebody/nothing is not known here")
         offline = run_cli(*words, "--model", "somebody/else", check=4, **{**hub, "HF_HUB_OFFLINE": "1"})
         assert "HF_HUB_OFFLINE is set" in offline.stderr
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def test_a_store_tells_the_rows(corpus: Path, store_dir: Path, tmp_path: Path) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import sys
-import threading
 from collections.abc import Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tests.servers import http_server
 
 from trainway.data import hub
 from trainway.data.hub import stream_rows
@@ -56,11 +56,8 @@ class Quiet(SimpleHTTPRequestHandler):
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """(URL, directory) of files on the web."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", tmp_path
-    server.shutdown()
-    server.server_close()
+    with http_server(partial(Quiet, directory=str(tmp_path))) as url:
+        yield url, tmp_path
 
 
 def test_rows_columns_and_features(local: Path) -> None:

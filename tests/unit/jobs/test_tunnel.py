@@ -7,15 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.servers import tcp_server
 from tests.sshd import Server, needs_sshd, new_server, plain_environment
 from trainway.jobs.record import Record, new_record, records_dir, save_record
 from trainway.jobs.shell.host_keys import pin_host_key
@@ -42,22 +42,9 @@ def record(server: Server, tmp_path: Path) -> Record:
     return made
 
 
-@contextmanager
-def shouting() -> Iterator[int]:
-    """A server of TCP on a port of 127.0.0.1 that answers in capitals."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-
-        def serve() -> None:
-            while True:
-                try:
-                    line, _ = listening.accept()
-                except OSError:
-                    return
-                with line:
-                    line.sendall(line.recv(100).upper())
-
-        threading.Thread(target=serve, daemon=True).start()
-        yield listening.getsockname()[1]
+def shouting() -> AbstractContextManager[int]:
+    """A server of TCP that answers in capitals."""
+    return tcp_server(bytes.upper)
 
 
 def free_port() -> int:

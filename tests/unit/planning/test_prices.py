@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.servers import QuietHandler, http_server
 from trainway.planning.gpus import GPUS, find_gpu
 from trainway.planning.prices import load_prices, refresh_prices
 
@@ -26,20 +25,12 @@ class Catalogue:
         self.asked: list[tuple[str, str | None]] = []
         outer = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
+        class Handler(QuietHandler):
+            def answer(self) -> None:
                 outer.asked.append((self.path, self.headers.get("Authorization")))
-                self.send_response(outer.status)
-                self.send_header("Content-Type", "application/json")
-                self.end_headers()
-                self.wfile.write(outer.body)
+                self.reply(outer.status, outer.body, {"Content-Type": "application/json"})
 
-            def log_message(self, *arguments: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v2"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.handler, self.url = Handler, ""
 
     def answer(self, *gpus: dict[str, Any]) -> None:
         self.status, self.body = 200, json.dumps({"gpus": gpus}).encode()
@@ -48,9 +39,9 @@ class Catalogue:
 @pytest.fixture
 def catalogue() -> Iterator[Catalogue]:
     served = Catalogue()
-    yield served
-    served.server.shutdown()
-    served.server.server_close()
+    with http_server(served.handler) as url:
+        served.url = f"{url}/v2"
+        yield served
 
 
 def entry(name: str, secure: float, *, offered: bool = True) -> dict[str, Any]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from tests.pod_material import KEY, runpod
+from tests.servers import tcp_server
 from trainway.pod.ending import Answer, ask_runpod, keep_asking, run_end_command
 
 
@@ -96,24 +95,6 @@ def test_a_command_ends_the_machine_or_says_why_not(tmp_path: Path) -> None:
     assert not run(str(tmp_path / "nothing")).ended
 
 
-def answering(raw: bytes) -> Iterator[str]:
-    """A server that answers every request with these bytes and hangs up."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-
-        def serve() -> None:
-            while True:
-                try:
-                    line, _ = listening.accept()
-                except OSError:
-                    return
-                with line:
-                    line.recv(1 << 16)
-                    line.sendall(raw)
-
-        threading.Thread(target=serve, daemon=True).start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-
-
 DEEP = b"[" * 60_000
 GARBAGE = {
     "cut within the body": b"HTTP/1.1 500 No\r\nContent-Length: 9999\r\n\r\n{",
@@ -131,8 +112,8 @@ def test_an_answer_that_is_garbage_is_a_failure_and_asked_again(
     raw: bytes, action: Literal["stop", "terminate"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    for address in answering(raw):
-        answer = ask_runpod(action, environ(address))
+    with tcp_server(lambda request: raw) as port:
+        answer = ask_runpod(action, environ(f"http://127.0.0.1:{port}"))
         assert not answer.ended and KEY not in answer.what
         assert answer.wait_s is None or answer.wait_s <= 300
 

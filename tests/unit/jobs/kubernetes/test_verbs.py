@@ -5,15 +5,14 @@ from __future__ import annotations
 import datetime
 import json
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.servers import QuietHandler, http_server
 from tests.unit.jobs.kubernetes.material import (
     RUNNING,
     UNSCHEDULABLE,
@@ -464,18 +463,12 @@ def test_a_cluster_that_does_not_answer() -> None:
 def test_the_kubeconfig_says_where_and_who(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str | None]] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None: ...
-
-        def do_GET(self) -> None:
+    class Handler(QuietHandler):
+        def answer(self) -> None:
             asked.append((self.path, self.headers["Authorization"]))
-            self.send_response(403)
-            self.end_headers()
-            self.wfile.write(b'{"message": "pods is forbidden"}')
+            self.reply(403, b'{"message": "pods is forbidden"}')
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    with http_server(Handler) as url:
         config = {
             "current-context": "first",
             "clusters": [
@@ -493,7 +486,6 @@ def test_the_kubeconfig_says_where_and_who(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
         with pytest.raises(EnvironmentFault) as caught:
             connect("second", "team").read("Pod", "p")
-        server.shutdown()
     assert asked == [("/api/v1/namespaces/team/pods/p", "Bearer canary-0123456789")]
     assert "pods is forbidden" in caught.value.why
     assert "canary" not in str(caught.value)
