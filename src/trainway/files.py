@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -95,6 +95,17 @@ def hash_file(path: str | os.PathLike[str]) -> str:
         while size := file.readinto(block):
             digest.update(view[:size])
     return digest.hexdigest()
+
+
+def sealed_json(body: Mapping[str, Any]) -> str:
+    """The text of a JSON object with a checksum of itself, so that a change of any byte is seen by `is_sealed`."""
+    checksum = xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
+    return json.dumps({**body, "checksum": checksum}, indent=1) + "\n"
+
+
+def is_sealed(text: str, content: Mapping[str, Any]) -> bool:
+    """Whether `text`, whose JSON is `content`, is to the byte what `sealed_json` wrote."""
+    return text == sealed_json({key: value for key, value in content.items() if key != "checksum"})
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

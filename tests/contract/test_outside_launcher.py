@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import metrics, run_cli, stream, tiny, write_config
 
 
+@pytest.mark.slow
 def test_two_nodes_of_one_rank_equal_one_node_of_two(tmp_path: Path, corpus: Path, store_dir: Path) -> None:
     paths = [
         write_config(tmp_path / f"{n}.yaml", tiny(corpus, store_dir, tmp_path / n))

@@ -35,7 +35,6 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 OFTEN = {
     ("full-packed", "single"),
-    ("full-packed", "ddp"),
     ("full-packed", "fsdp"),
     ("full-packed", "zero3"),
     ("lora-padded", "ddp"),

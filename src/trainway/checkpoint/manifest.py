@@ -11,10 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import xxhash
-
 from trainway.errors import DataError
-from trainway.files import fsync_directory, hash_file
+from trainway.files import fsync_directory, hash_file, is_sealed, sealed_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -47,7 +45,7 @@ def write_manifest(directory: Path, step: int, *, best: bool, info: dict[str, An
         "files": files,
     }
     with open(directory / MANIFEST, "w", encoding="utf-8") as file:
-        file.write(_text(body))
+        file.write(sealed_json(body))
         file.flush()
         os.fsync(file.fileno())
     for folder, _, _ in os.walk(directory, topdown=False):
@@ -75,10 +73,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise _refuse(path, "altered: not JSON") from error
     if not isinstance(body, dict):
         raise _refuse(path, "altered: not a JSON object")
-    body.pop("checksum", None)
-    # the whole text is compared, so that a change of any byte, white space too, is seen
-    if text != _text(body):
+    if not is_sealed(text, body):
         raise _refuse(path, "altered: its checksum does not match")
+    body.pop("checksum")
     _check_form(path, body)
     return body
 
@@ -135,11 +132,6 @@ def _in_threads(work: Callable[[str], str], names: list[str]) -> list[str]:
         return [work(name) for name in names]
     with ThreadPoolExecutor(min(8, len(names))) as pool:
         return list(pool.map(work, names))
-
-
-def _text(body: dict[str, Any]) -> str:
-    checksum = xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
-    return json.dumps({**body, "checksum": checksum}, indent=1) + "\n"
 
 
 def _check_form(path: Path, body: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -15,7 +14,7 @@ import xxhash
 
 from trainway.data.token_split import Part, TokenSplit
 from trainway.errors import DataError
-from trainway.files import atomic_write, hash_file, read_json
+from trainway.files import atomic_write, hash_file, is_sealed, read_json, sealed_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -78,6 +77,9 @@ class TokenStore:
         if not isinstance(content, dict) or content.get("format") != FORMAT_VERSION:
             why = f"this version reads format {FORMAT_VERSION}"
             raise DataError(f"{path / MANIFEST}: altered, or of another version", why, _cure(path))
+        if "checksum" in content and not is_sealed((path / MANIFEST).read_text(encoding="utf-8"), content):
+            raise DataError(f"{path / MANIFEST}: altered", "its checksum does not match", _cure(path))
+        content.pop("checksum", None)  # stores of the first versions have none
         try:
             manifest = StoreManifest(**content)
             _check_files(path, manifest.files, verify)
@@ -205,7 +207,7 @@ class StoreWriter:
         content = asdict(manifest)
         if manifest.conversations is None:
             del content["conversations"]
-        atomic_write(self.path / MANIFEST, json.dumps(content, indent=1) + "\n")
+        atomic_write(self.path / MANIFEST, sealed_json(content))
         return manifest
 
     def splits(self) -> list[str]:

@@ -9,9 +9,9 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Literal
 
-import peft
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -28,6 +28,9 @@ from trainway.config.schema import LoraConfig
 from trainway.errors import ConfigError, EnvironmentFault
 from trainway.models.load import InitialWeights
 from trainway.models.lora_targets import Target, find_targets, peft_modules
+
+if TYPE_CHECKING:
+    import peft
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ def inject_lora(
             settings that contradict each other.
         EnvironmentFault: peft has put adapters elsewhere.
     """
+    import peft  # takes its time, and only runs with adapters need it
+
     targets = find_targets(model, lora)
     config = peft.LoraConfig(
         task_type=task,
@@ -90,6 +95,8 @@ def inject_lora(
 
 def inject(model: PreTrainedModel, config: peft.LoraConfig) -> None:
     """Put the adapters that peft's configuration describes into `model`, in fp32 and trainable, all else frozen."""
+    import peft
+
     with warnings.catch_warnings():
         # peft looks for patterns among modules alone; `find_targets` has checked them
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
@@ -125,7 +132,7 @@ def landed(model: PreTrainedModel, targets: Sequence[Target]) -> Landed:
         shown = "; ".join(sorted(problems)[:6])
         rest = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise EnvironmentFault(
-            f"peft {peft.__version__} has not put the adapters where the settings say",
+            f"peft {version('peft')} has not put the adapters where the settings say",
             shown + rest,
             "experts belong in lora.target_parameters, by the names they have here; else try the pinned peft",
         )

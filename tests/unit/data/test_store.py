@@ -112,6 +112,18 @@ def test_an_altered_file_is_named(tmp_path: Path, name: str, fault: str) -> None
             TokenStore.open(tmp_path / "s", verify=False)
 
 
+def test_a_change_of_any_byte_of_the_manifest_is_seen(tmp_path: Path) -> None:
+    write(tmp_path / "s")
+    path = tmp_path / "s" / "manifest.json"
+    good = path.read_bytes()
+    for place in range(0, len(good), 7):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        with pytest.raises(DataError, match=r"manifest\.json"):
+            TokenStore.open(tmp_path / "s", verify=False)
+    path.write_bytes(good)
+    TokenStore.open(tmp_path / "s")
+
+
 def test_extra_parts_and_bad_manifests_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "s")
     extra = tmp_path / "s" / "train-00001.bin"
@@ -123,6 +135,7 @@ def test_extra_parts_and_bad_manifests_are_refused(tmp_path: Path) -> None:
     good = json.loads(path.read_text())
     without = {name: value for name, value in good.items() if name != "files"}
     altered: list[Any] = [[], {**good, "format": 99}, {**good, "extra": 1}, without]
+    good.pop("checksum")
     for bad in altered:
         path.write_text(json.dumps(bad))
         with pytest.raises(DataError, match=r"manifest\.json: altered"):

@@ -146,7 +146,7 @@ def sampled_requests() -> list[Request]:
     return [Request(prompt, (10 * i + 1, 10 * i + 2, 10 * i + 3)) for i, prompt in enumerate(prompts())]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_an_answer_depends_on_its_seed_alone(family: str) -> None:
     """Not on the other requests, their order, or the size of the batch."""
     model, requests = varied(family), sampled_requests()
@@ -263,6 +263,7 @@ def test_bf16_answers_are_those_of_training_in_bf16() -> None:
     assert [rollout.tokens.tolist() for rollout in found] == expected
 
 
+@pytest.mark.slow
 def test_a_compiled_block_answers_uncompiled() -> None:
     model = tiny_model("llama")
     expected = answers(model, sampled_requests(), GREEDY)
