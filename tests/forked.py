@@ -36,6 +36,9 @@ IMPORTED = (
     "trainway.recipes.gad",
     "trainway.recipes.evaluation",
     "trainway.release.generate",
+    "trainway.release.verify",
+    "trainway.tracking.tensorboard",
+    "trainway.planning.plan_text",
     "trainway.doctor.checks",
     "trainway.engines.fsdp",
 )

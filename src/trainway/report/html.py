@@ -7,11 +7,11 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any
 
-from trainway.masking import hide_secrets
+from trainway.masking import hide_secrets, secret_values
 
 STATIC = ("uPlot.iife.min.js", "charts.js", "uPlot.min.css", "style.css")
 """What every page with charts holds, in this order: scripts, then styles."""
@@ -33,7 +33,9 @@ def plain(value: object, secrets: Iterable[str] | None = None) -> str:
 def json_for_page(value: Any) -> str:
     """JSON that may stand in a `<script type="application/json">`: no tag begins or ends in it; NaN and infinities are
     null, secrets in its strings are masked."""
-    found = json.dumps(_clean(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    found = json.dumps(
+        _clean(value, secret_values()), ensure_ascii=False, separators=(",", ":"), allow_nan=False
+    )
     return re.sub("[<>&\u2028\u2029]", lambda match: _UNSAFE[match[0]], found)
 
 
@@ -44,10 +46,11 @@ def render(template: str, **values: Any) -> str:
     """
     from jinja2 import Environment, StrictUndefined
 
+    secrets = secret_values()
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=lambda value: value if hasattr(value, "__html__") else plain(value),
+        finalize=lambda value: value if hasattr(value, "__html__") else plain(value, secrets),
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -69,11 +72,11 @@ def _source(inline: str) -> str:
     return f"'sha256-{digest}'"
 
 
-def _clean(value: Any) -> Any:
+def _clean(value: Any, secrets: Sequence[str]) -> Any:
     if isinstance(value, dict):
-        return {plain(key): _clean(item) for key, item in value.items()}
+        return {plain(key, secrets): _clean(item, secrets) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_clean(item) for item in value]
+        return [_clean(item, secrets) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return plain(value) if isinstance(value, str) else value
+    return plain(value, secrets) if isinstance(value, str) else value

@@ -18,6 +18,8 @@ from trainway.training.pace import PaceWatch
 
 WARM_UP = 3
 """Steps at the beginning of a launch that say nothing of the others: memory is fetched, kernels are chosen."""
+GEMM_S = 0.2
+"""Seconds of products, for a start that does not wait for its own measure; a GPU makes its five in less."""
 MOST_STEPS = 1000
 """How many steps' times are kept for the measure of a whole run."""
 
@@ -138,7 +140,7 @@ def _resident(what: str) -> int:
 
 def peak_flops(device: torch.device) -> tuple[float, str]:
     """The device's peak in FLOP/s and where the figure is from: a GPU's data sheet (dense bf16), or for a CPU the
-    best of five 1536³ fp32 matrix products measured now. 0 when the GPU is not in the table."""
+    best of some 1536³ fp32 matrix products measured now. 0 when the GPU is not in the table."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         flops = data_sheet_flops(name)
@@ -156,11 +158,13 @@ def device_name(device: torch.device) -> str:
 
 
 def gemm_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a matrix product on this device, the best of five: 1536³ on a CPU, 8192³ on a GPU."""
+    """FLOP/s of a matrix product on this device: 1536³ on a CPU, 8192³ on a GPU; the best of five, or of as many (two
+    at the least) as a fifth of a second allows."""
     size = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    times = []
-    for _ in range(6):  # the first one warms up
+    a[: size // 4] @ b  # warms up
+    times: list[float] = []
+    while len(times) < 2 or (len(times) < 5 and sum(times) < GEMM_S):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
@@ -168,4 +172,4 @@ def gemm_flops(device: torch.device, dtype: torch.dtype) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times[1:])
+    return 2 * size**3 / min(times)
