@@ -57,7 +57,7 @@ CASES = [
     for name in ENGINES | VARIANTS
     if name != "single"
 ]
-CASES += [("muon", "ddp", [pytest.mark.slow]), ("muon", "fsdp", []), ("muon", "hybrid", [pytest.mark.slow])]
+CASES += [("muon", engine, [pytest.mark.slow]) for engine in ("ddp", "fsdp", "hybrid")]
 
 
 class Runs:
@@ -112,7 +112,7 @@ def test_an_engine_trains_as_one_process_does(
 
 @pytest.mark.parametrize(
     "engine",
-    ["fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("hybrid", "zero2", "zero3"))],
+    [pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "hybrid", "zero2", "zero3")],
 )
 def test_bf16_shards_train_as_bf16_does(engine: str, tmp_path: Path, corpus: Path, store_dir: Path) -> None:
     """Weights that travel in bf16 are those that autocast would have made of fp32 ones; DeepSpeed's model is bf16."""

@@ -10,6 +10,9 @@ from tests.conftest import metrics, run_cli, tiny, write_config
 from trainway.config.load import load_config
 from trainway.config.resolved import config_difference, fingerprint
 
+pytestmark = pytest.mark.slow
+"""Schedules and the loss have tests of their own, in tests/unit; this is the whole command."""
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, corpus: Path, store_dir: Path) -> dict[str, Path]:

@@ -182,6 +182,7 @@ def test_unknown_step_lists_those_that_exist(
     assert "119" in done.stderr and "120" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow  # which checkpoint is taken instead, tests/faults/test_checkpoint_faults.py shows
 def test_flipped_bit_falls_back_to_the_checkpoint_before(
     straight: Path, tmp_path: Path, corpus: Path, store_dir: Path
 ) -> None:

@@ -29,8 +29,7 @@ def tokens(groups: list[list[Rollout]]) -> list[list[list[int]]]:
     "family",
     [
         "llama",
-        "gpt_oss",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_moe", "gemma3_text")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt_oss", "qwen3_moe", "gemma3_text")),
     ],
 )
 def test_static_continuous_and_generate_answer_alike(family: str) -> None:
