@@ -110,9 +110,15 @@ def is_sealed(text: str, content: Mapping[str, Any]) -> bool:
 
 def read_json(path: str | os.PathLike[str]) -> Any:
     """The value in a JSON file. Raises DataError when the file is missing, unreadable or not JSON."""
+    return read_json_text(path)[1]
+
+
+def read_json_text(path: str | os.PathLike[str]) -> tuple[str, Any]:
+    """The text of a JSON file and its value, of one reading; raises as `read_json`."""
     path = Path(path)
     try:
-        return json.loads(path.read_bytes().decode("utf-8"))
+        text = path.read_bytes().decode("utf-8")
+        return text, json.loads(text)
     except FileNotFoundError:
         raise DataError(f"{path}: the file is missing", fix="restore it, or make it anew") from None
     except OSError as error:

@@ -14,7 +14,7 @@ import xxhash
 
 from trainway.data.token_split import Part, TokenSplit
 from trainway.errors import DataError
-from trainway.files import atomic_write, hash_file, is_sealed, read_json, sealed_json
+from trainway.files import atomic_write, hash_file, is_sealed, read_json_text, sealed_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -73,11 +73,11 @@ class TokenStore:
         path = Path(path)
         if not path.is_dir():
             raise DataError(f"{path}: no such token store", fix="prepare the data: trainway prepare CONFIG")
-        content = read_json(path / MANIFEST)
+        text, content = read_json_text(path / MANIFEST)
         if not isinstance(content, dict) or content.get("format") != FORMAT_VERSION:
             why = f"this version reads format {FORMAT_VERSION}"
             raise DataError(f"{path / MANIFEST}: altered, or of another version", why, _cure(path))
-        if "checksum" in content and not is_sealed((path / MANIFEST).read_text(encoding="utf-8"), content):
+        if "checksum" in content and not is_sealed(text, content):
             raise DataError(f"{path / MANIFEST}: altered", "its checksum does not match", _cure(path))
         content.pop("checksum", None)  # stores of the first versions have none
         try:
